@@ -1,0 +1,191 @@
+"""Which implementation an op runs on, and why.
+
+Order of choice: the op's ``backend=`` argument, then :func:`use_backend`, then the environment variable
+``TRANSFUSE_BACKEND`` (read once, at import), then the first of ``cuda``, ``triton``, ``torch`` that gives no reason
+against itself. A backend chosen by name that cannot run raises :class:`~transfuse.errors.BackendError`; nothing is
+silently replaced. The automatic choice is logged once per op and reason at INFO (logger ``transfuse``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from transfuse import _extension
+from transfuse.errors import BackendError
+
+NAMES = ("cuda", "triton", "torch", "reference")
+AUTOMATIC = ("cuda", "triton", "torch")
+"""The automatic order; ``reference`` (the formulas, unfused) runs only when asked for."""
+
+_log = logging.getLogger("transfuse")
+_logged: set[tuple[str, str, str]] = set()
+_thread = threading.local()  # not a ContextVar: Dynamo traces and guards thread locals only
+_process: dict[str, str | None] = {"default": os.environ.get("TRANSFUSE_BACKEND") or None}
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One backend on this machine: usable or not, and if not, exactly why and what to do."""
+
+    name: str
+    usable: bool
+    reason: str | None = None
+    remedy: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class use_backend:
+    """Choose the backend of every op, for the process or for a ``with`` block of this thread.
+
+    Args:
+        name: one of ``cuda``, ``triton``, ``torch``, ``reference``, or None for the automatic choice.
+
+    Raises:
+        BackendError: the name is not a backend.
+
+    >>> import torch, transfuse
+    >>> with transfuse.use_backend("reference"):
+    ...     y = transfuse.layer_norm(torch.ones(2, 4), None, None)
+    >>> y.shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None:
+            _known(name)
+        self._name = name
+        self._before_process = _process["default"]
+        _process["default"] = name
+
+    def __enter__(self) -> use_backend:
+        _process["default"] = self._before_process  # a with block speaks for its own thread alone
+        self._before_thread: tuple[str | None] | None = getattr(_thread, "forced", None)
+        _thread.forced = (self._name,)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        _thread.forced = self._before_thread
+
+
+def forced() -> str | None:
+    """The backend that :func:`use_backend` or ``TRANSFUSE_BACKEND`` asks for, or None."""
+    chosen = getattr(_thread, "forced", None)
+    return _process["default"] if chosen is None else chosen[0]
+
+
+def _known(name: str) -> str:
+    if name not in NAMES:
+        raise BackendError(f"unknown backend {name!r}: expected one of {', '.join(NAMES)}")
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _cannot_run_on(name: str, device_type: str) -> tuple[str, str] | None:
+    """(reason, remedy) against a backend on a device type, whatever the op; None if it can run there."""
+    if name in ("torch", "reference"):
+        return None
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed", "pip install triton"
+        if device_type == "cuda":
+            return None
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return (
+            f"Triton kernels need CUDA tensors, these are on {device_type}",
+            "move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts to interpret kernels on the CPU",
+        )
+    reason = _extension.why_not()
+    if reason is not None:
+        return reason, "see `transfuse doctor`"
+    if device_type == "cuda" or _extension.on_cpu():
+        return None
+    return f"CUDA kernels need CUDA tensors, these are on {device_type}", "move the tensors to a GPU"
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why no op can run on this backend and device, with the remedy in the text; None if it can.
+
+    >>> why_not("torch", torch.device("cpu")) is None
+    True
+    """
+    found = _cannot_run_on(_known(name), device.type)
+    return None if found is None else f"{found[0]} ({found[1]})"
+
+
+def choose(op: str, device: torch.device, requested: str | None, op_why_not: Callable[[str], str | None]) -> str:
+    """The backend one call runs on.
+
+    Args:
+        op: name of the op, for messages.
+        device: where its tensors are.
+        requested: the call's ``backend=`` argument.
+        op_why_not: given a backend that can run on this device, why it cannot take these arguments, or None.
+
+    Raises:
+        BackendError: a backend asked for by name cannot run; the message names each reason and the remedy.
+    """
+    name = requested if requested is not None else forced()
+    if name is not None:
+        reason = why_not(name, device) or op_why_not(name)
+        if reason is not None:
+            raise BackendError(f"{op}: backend {name!r} cannot run this call: {reason}")
+        return name
+    if device.type == "cpu":
+        _log_once(op, "torch", "the tensors are on the CPU")
+        return "torch"
+    against = []
+    for name in AUTOMATIC:
+        reason = why_not(name, device) or op_why_not(name)
+        if reason is None:
+            _log_once(op, name, "; ".join(against) or "first in order")
+            return name
+        against.append(f"not {name}: {reason}")
+    raise BackendError(f"{op}: no backend can run this call: {'; '.join(against)}")
+
+
+def _log_once(op: str, name: str, reason: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    key = (op, name, reason)
+    if key not in _logged:
+        _logged.add(key)
+        _log.info("%s runs on %s (%s)", op, name, reason)
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend's state on this machine, for ``transfuse doctor`` and for bug reports.
+
+    >>> [b.name for b in backends()]
+    ['cuda', 'triton', 'torch', 'reference']
+    """
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for name in NAMES:
+        against = _cannot_run_on(name, device_type)
+        if against is None and name == "cuda" and device_type == "cuda":
+            against = _no_machine_code()
+        reason, remedy = against or (None, None)
+        facts = _extension.info() if name == "cuda" else {}
+        found.append(BackendStatus(name, against is None, reason, remedy, facts))
+    return found
+
+
+def _no_machine_code() -> tuple[str, str] | None:
+    """Against the extension on the current GPU: it is older than the oldest architecture the kernels were built for."""
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 0):
+        return (
+            f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}",
+            "use the triton backend",
+        )
+    return None

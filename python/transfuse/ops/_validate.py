@@ -1,0 +1,58 @@
+"""Checks that every op makes once, before dispatch. Each raises with what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from transfuse.errors import ArgumentError, DeviceError, DtypeError
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(op: str, name: str, x: torch.Tensor) -> None:
+    """x must be a tensor of fp32, fp16, bf16 or fp64."""
+    if not isinstance(x, torch.Tensor):
+        raise DtypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise DtypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {_short(x.dtype)}")
+
+
+def same_device(op: str, name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) -> None:
+    """x must stand where the op's first tensor stands."""
+    if x.device != like.device:
+        raise DeviceError(f"{op}: {name} must be on {like.device} like {like_name}, got {x.device}")
+
+
+def dtype(op: str, name: str, x: torch.Tensor, allowed: Sequence[torch.dtype], because: str) -> None:
+    """x's dtype must be one of those allowed; ``because`` says what they follow from."""
+    if x.dtype not in allowed:
+        names = " or ".join(dict.fromkeys(_short(d) for d in allowed))
+        raise DtypeError(f"{op}: {name} must be {names} ({because}), got {_short(x.dtype)}")
+
+
+def shape(op: str, name: str, x: torch.Tensor, expected: Sequence[int]) -> None:
+    """x must have exactly this shape."""
+    if x.shape != tuple(expected):
+        raise ArgumentError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
+
+
+def broadcasts(op: str, name: str, x: torch.Tensor, target: Sequence[int]) -> None:
+    """x must broadcast to the target shape without enlarging it."""
+    target = tuple(target)
+    fits = x.dim() <= len(target) and all(
+        n == 1 or n == m for n, m in zip(reversed(x.shape), reversed(target), strict=False)
+    )
+    if not fits:
+        raise ArgumentError(f"{op}: {name} must broadcast to shape {target}, got {tuple(x.shape)}")
+
+
+def probability(op: str, name: str, p: float) -> None:
+    """p must lie in [0, 1)."""
+    if not 0.0 <= p < 1.0:
+        raise ArgumentError(f"{op}: {name} must be at least 0 and below 1, got {p}")
+
+
+def _short(d: torch.dtype) -> str:
+    return str(d).removeprefix("torch.")

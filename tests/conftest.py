@@ -1,0 +1,71 @@
+"""Fixtures of the whole suite: backends with the reason of each skip, devices, poisoned memory, seeds."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from transfuse import _extension
+from transfuse.backends import _process, why_not
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tests run: a GPU where there is one; kernels on the CPU through their interpreters."""
+    if backend in ("cuda", "triton") and torch.cuda.is_available() and not _extension.on_cpu():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+@pytest.fixture(params=["torch", "triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; one that cannot run here is skipped with its own words.
+
+    A test whose op lacks a kernel on that backend says so by calling :func:`skip_unless`.
+    """
+    name: str = request.param
+    reason = why_not(name, device_of(name))
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    return name
+
+
+@pytest.fixture
+def device(backend: str) -> torch.device:
+    """The device the ``backend`` fixture's tests run on."""
+    return device_of(backend)
+
+
+def skip_unless(reason: str | None) -> None:
+    """Skip with the op's own words when it cannot run on the backend under test."""
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers for a test wherever it stands in the run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():  # type: ignore[no-untyped-def]
+    """torch.empty and its kin give NaN, so an output nobody wrote, or padding somebody read, is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend():  # type: ignore[no-untyped-def]
+    """No test leaves a process-wide backend behind."""
+    before = _process["default"]
+    yield
+    _process["default"] = before
