@@ -1,0 +1,44 @@
+// The Python module transfuse._C: one m.def per launcher, and what `transfuse doctor` asks. Nothing else.
+#include <cuda_runtime_api.h>
+
+#include "launchers.h"
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+// 13000 is CUDA 13.0. Both calls create no context; the driver's is 0 where there is no driver.
+int runtime_version() {
+  int version = 0;
+  cudaRuntimeGetVersion(&version);
+  return version;
+}
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+py::dict dtypes() {
+  py::dict numbers;
+  for (int i = 0; i < transfuse::kDTypes; ++i) numbers[transfuse::kDTypeNames[i]] = i;
+  return numbers;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  // A launch may wait for a full queue or a first-use compilation: other Python threads go on meanwhile.
+  using released = py::call_guard<py::gil_scoped_release>;
+
+  m.attr("__version__") = TRANSFUSE_VERSION;
+  m.attr("arch_list") = TRANSFUSE_ARCH_LIST;
+  m.attr("dtypes") = dtypes();
+  m.def("runtime_version", &runtime_version);
+  m.def("driver_version", &driver_version);
+
+  m.def("layer_norm_forward", &transfuse::layer_norm_forward, "x"_a, "residual"_a, "weight"_a, "bias"_a, "y"_a,
+        "summed"_a, "mean"_a, "rstd"_a, "eps"_a, "target"_a, released());
+}

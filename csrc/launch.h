@@ -1,0 +1,48 @@
+// How every launcher reaches the GPU: the device of its tensors made current, the launch checked, the device restored.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+#include <utility>
+
+#include "error.h"
+
+namespace transfuse {
+
+// Where a launch goes. `stream` is torch's: both CUDA runtimes, torch's and the static one in here, work on the
+// device's primary context, so a stream handle of the one is valid in the other.
+struct LaunchTarget {
+  int device;
+  cudaStream_t stream;
+};
+
+// Makes `device` current for one scope. It saves and restores the driver's current context rather than the runtime's
+// device number: restoring by number would create a context (some 500 MB) on a device that nobody had used yet.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* op, const std::string& shapes);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  void* previous_ = nullptr;  // CUcontext
+  bool restore_ = false;
+};
+
+// Launches `kernel` on `target` and throws if the launch is refused. Errors inside a running kernel surface, as
+// always in CUDA, at the next synchronisation.
+template <typename... Params, typename... Args>
+void launch(const char* op, const std::string& shapes, const LaunchTarget& target, dim3 grid, dim3 block,
+            size_t shared_bytes, void (*kernel)(Params...), Args&&... args) {
+  DeviceGuard guard(target.device, op, shapes);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = target.stream;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), op, "the launch", shapes);
+}
+
+}  // namespace transfuse
