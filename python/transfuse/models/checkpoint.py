@@ -58,6 +58,7 @@ class SafetensorsSource:
         self.path = path
         self.entries: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
+        self._opened: dict[Path, Any] = {}
         for file in files:
             for name, info in read_header(file).items():
                 if name in self._file_of:
@@ -73,8 +74,9 @@ class SafetensorsSource:
         """
         file = self._file_of[name]
         try:
-            with safe_open(file, framework="pt", device="cpu") as opened:
-                return opened.get_tensor(name)
+            if file not in self._opened:
+                self._opened[file] = safe_open(file, framework="pt", device="cpu")
+            return self._opened[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot read {name}: {error}") from error
 

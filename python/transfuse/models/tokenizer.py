@@ -1,0 +1,299 @@
+"""Tokenizer: text to padded id tensors and back, chat templates, and text streamed token by token.
+
+The work is done by the ``tokenizers`` library; this module adds what models need around it. Where the pieces come from
+(tokenizer.json, vocab.txt, vocab.json + merges.txt, a GGUF file) is in ``tokenizer_files``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from transfuse.errors import ArgumentError, CheckpointError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+SPECIAL_TOKENS = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What stands beside a vocabulary: special tokens by role, the side padding goes to, chat template, longest input.
+
+    ``special`` maps a role of ``SPECIAL_TOKENS`` to the token's text.
+    """
+
+    special: dict[str, str] = field(default_factory=dict)
+    padding_side: str = "right"
+    chat_template: str | None = None
+    max_length: int | None = None
+
+
+class Tokenizer:
+    """A ``tokenizers.Tokenizer`` with padding into tensors, special ids, chat templates and incremental decoding.
+
+    ``backend`` must not pad or truncate by itself; both are asked for per call.
+
+    >>> from tokenizers import Tokenizer as Backend, models, pre_tokenizers
+    >>> backend = Backend(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "hello": 2, "world": 3}, unk_token="[UNK]"))
+    >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = Tokenizer(backend, TokenizerSettings({"pad": "[PAD]", "unk": "[UNK]"}))
+    >>> tokenizer.encode("hello there")
+    [2, 1]
+    >>> batch = tokenizer(["hello world", "world"])
+    >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+    ([[2, 3], [3, 0]], [[1, 1], [1, 0]])
+    """
+
+    def __init__(self, backend: Backend, settings: TokenizerSettings | None = None) -> None:
+        self.backend = backend
+        self.settings = settings or TokenizerSettings()
+        if self.settings.padding_side not in ("left", "right"):
+            raise CheckpointError(f"tokenizer: padding_side must be left or right, got {self.settings.padding_side!r}")
+        backend.no_padding()
+        backend.no_truncation()
+        self._ids = {role: backend.token_to_id(token) for role, token in self.settings.special.items()}
+        # A vocabulary without a padding token can still be padded: the mask hides what is there.
+        self.pad_token_id = next((i for r in ("pad", "eos") if (i := self._ids.get(r)) is not None), 0)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that opens a text, None where there is none."""
+        return self._ids.get("bos")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """Id of the token that ends a text."""
+        return self._ids.get("eos")
+
+    @property
+    def unk_token_id(self) -> int | None:
+        """Id that stands for what the vocabulary cannot spell."""
+        return self._ids.get("unk")
+
+    @property
+    def cls_token_id(self) -> int | None:
+        """Id of BERT's first token."""
+        return self._ids.get("cls")
+
+    @property
+    def sep_token_id(self) -> int | None:
+        """Id of BERT's separator."""
+        return self._ids.get("sep")
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """Id of the token that a masked language model fills in."""
+        return self._ids.get("mask")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return int(self.backend.get_vocab_size())
+
+    def encode(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of one text (or of a pair, as the model joins pairs)."""
+        return list(self.backend.encode(text, pair, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
+        """The text of a sequence of ids: a list, or a 1-D integer tensor."""
+        values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        if any(isinstance(value, list) for value in values):
+            raise ArgumentError("decode: expected one sequence of ids, got several; use batch_decode")
+        return str(self.backend.decode(values, skip_special_tokens=skip_special_tokens))
+
+    def batch_decode(
+        self, rows: Sequence[Sequence[int]] | torch.Tensor, *, skip_special_tokens: bool = True
+    ) -> list[str]:
+        """The text of each row of ids: a list of lists, or a (batch, length) tensor."""
+        values = rows.tolist() if isinstance(rows, torch.Tensor) else rows
+        return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in values]
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        add_special_tokens: bool = True,
+        device: torch.device | str | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Encode texts into one padded batch: the keyword arguments that a model's forward takes.
+
+        Args:
+            texts: one text or several.
+            pairs: a second text for each, for models that read two.
+            max_length: cut longer inputs to this many tokens, special ones included; None cuts nothing.
+            padding_side: "left" or "right"; by default the tokenizer's own. Generation pads on the left.
+            pad_to_multiple_of: round the batch's length up to a multiple of this.
+            add_special_tokens: add what the model expects around a text ([CLS], <s>, ...).
+            device: where the tensors go.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` (1 = token) and ``token_type_ids``, each (batch, length) int64.
+
+        Raises:
+            ArgumentError: the arguments do not fit together.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        pairs = [pairs] if isinstance(pairs, str) else None if pairs is None else list(pairs)
+        side = padding_side or self.settings.padding_side
+        if side not in ("left", "right"):
+            raise ArgumentError(f"tokenizer: padding_side must be 'left' or 'right', got {side!r}")
+        if pairs is not None and len(pairs) != len(texts):
+            raise ArgumentError(f"tokenizer: expected one pair per text, got {len(texts)} texts and {len(pairs)} pairs")
+        for value in [*texts, *(pairs or ())]:
+            if not isinstance(value, str):
+                raise ArgumentError(f"tokenizer: expected texts (str), got {type(value).__name__}")
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise ArgumentError(f"tokenizer: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+        inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        encodings = self._encode_batch(inputs, max_length, add_special_tokens)
+        length = max((len(encoding.ids) for encoding in encodings), default=0)
+        if pad_to_multiple_of:
+            length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
+
+        def table(rows: list[list[int]], fill: int) -> torch.Tensor:
+            out = torch.full((len(rows), length), fill, dtype=torch.long)
+            for row, values in zip(out, rows, strict=True):
+                row[length - len(values) if side == "left" else 0 :][: len(values)] = torch.tensor(values)
+            return out.to(device)
+
+        return {
+            "input_ids": table([e.ids for e in encodings], self.pad_token_id),
+            "attention_mask": table([[1] * len(e.ids) for e in encodings], 0),
+            "token_type_ids": table([e.type_ids for e in encodings], 0),
+        }
+
+    def _encode_batch(self, inputs: list[Any], max_length: int | None, add_special_tokens: bool) -> list[Any]:
+        if max_length is None:
+            return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
+        pair = bool(inputs) and isinstance(inputs[0], tuple)
+        least = 1 + (self.backend.num_special_tokens_to_add(pair) if add_special_tokens else 0)
+        if max_length < least:
+            raise ArgumentError(f"tokenizer: max_length must be at least {least}, got {max_length}")
+        self.backend.enable_truncation(max_length)
+        try:
+            return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
+        finally:
+            self.backend.no_truncation()
+
+    def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
+        """A fresh incremental decoder: ``put`` each new id, print what it returns, ``end`` for the rest."""
+        return StreamDecoder(self, skip_special_tokens)
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The prompt text for a conversation; encode it with ``add_special_tokens=False``.
+
+        Args:
+            messages: dicts with ``role`` ("system", "user", "assistant") and ``content``.
+            add_generation_prompt: end with the opening of the assistant's turn.
+
+        Raises:
+            CheckpointError: the tokenizer has no chat template, or it is broken.
+            ArgumentError: the template refuses these messages.
+        """
+        if self.settings.chat_template is None:
+            raise CheckpointError("this tokenizer has no chat template; encode the prompt's text directly")
+        return _render(self.settings.chat_template, list(messages), add_generation_prompt, self.settings.special)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""
+        folder = Path(folder)
+        settings = self.settings
+        config: dict[str, Any] = {f"{role}_token": token for role, token in settings.special.items()}
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": settings.padding_side}
+        if settings.max_length is not None:
+            config["model_max_length"] = settings.max_length
+        if settings.chat_template is not None:
+            config["chat_template"] = settings.chat_template
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.backend.save(str(folder / "tokenizer.json"))
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot write the tokenizer: {error.strerror or error}") from error
+
+
+class StreamDecoder:
+    """Turns ids into text as they come, never showing half a character.
+
+    Byte-level vocabularies split a character over several tokens; text is held back until it decodes completely.
+    The pieces joined are ``decode`` of all ids.
+
+    >>> from tokenizers import Tokenizer as Backend, decoders, models
+    >>> vocab = {character: i for i, character in enumerate("Ã©a")}  # the byte-level names of é's two bytes, and a
+    >>> backend = Backend(models.BPE(vocab, []))
+    >>> backend.decoder = decoders.ByteLevel()
+    >>> stream = Tokenizer(backend).stream()
+    >>> [stream.put(i) for i in (2, 0, 1)], stream.end()
+    (['a', '', 'é'], '')
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []  # the ids of the last piece shown (context for spaces), then those not yet shown
+        self._shown = 0
+
+    def put(self, token_id: int) -> str:
+        """The text that ``token_id`` completes; empty while a character is still incomplete."""
+        self._ids.append(int(token_id))
+        return self._advance(hold=True)
+
+    def end(self) -> str:
+        """What was held back, with U+FFFD where the bytes are no character; afterwards the decoder is as new."""
+        rest = self._advance(hold=False)
+        self._ids, self._shown = [], 0
+        return rest
+
+    def _advance(self, *, hold: bool) -> str:
+        before = self._decode(self._ids[: self._shown])
+        now = self._decode(self._ids)
+        if len(now) <= len(before) or (hold and now.endswith("�")):
+            return ""
+        self._ids, self._shown = self._ids[self._shown :], len(self._ids) - self._shown
+        return now[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+
+
+def _render(template: str, messages: list[Any], add_generation_prompt: bool, special: dict[str, str]) -> str:
+    """Run a chat template, which comes with a checkpoint and is not trusted, in jinja's sandbox."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError as error:
+        raise MissingDependencyError("chat templates need the package jinja2: pip install jinja2") from error
+
+    def refuse(message: str) -> None:
+        raise ArgumentError(f"chat template: {message}")
+
+    def tojson(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    tokens = {f"{role}_token": token for role, token in special.items()}
+    try:
+        return environment.from_string(template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **tokens
+        )
+    except (TemplateError, TypeError, KeyError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        if isinstance(error, ArgumentError):
+            raise
+        raise CheckpointError(f"chat template: {type(error).__name__}: {error}") from error
