@@ -96,9 +96,11 @@ def check(
     plain, plain_grads, _ = _run(reference, tensors, grads, grad_outputs, options)
     sizes = sizes or {}
     verdicts = [judge(n, g, t, p, sizes.get(n, 0.0)) for n, g, t, p in zip(names, got, truth, plain, strict=True)]
-    for n in grads:
-        if tensors[n] is not None:
-            verdicts.append(judge(f"d{n}", got_grads[n], truth_grads[n], plain_grads[n], sizes.get(f"d{n}", 0.0)))
+    verdicts += [
+        judge(f"d{n}", got_grads[n], truth_grads[n], plain_grads[n], sizes.get(f"d{n}", 0.0))
+        for n in grads
+        if tensors[n] is not None
+    ]
     bad = [f"{v.name}: error {v.error:.3e} > budget {v.budget:.3e}" for v in verdicts if not v.ok]
     assert not bad, "; ".join(bad)
     return verdicts

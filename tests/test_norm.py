@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import skip_unless
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import check
 
+from conftest import skip_unless
+from oracle import check
 from transfuse import layer_norm, rms_norm
 from transfuse.errors import ArgumentError, BackendError, DeviceError, DtypeError
 from transfuse.ops import norm

@@ -88,7 +88,6 @@ def _known(name: str) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
 def _cannot_run_on(name: str, device_type: str) -> tuple[str, str] | None:
     """(reason, remedy) against a backend on a device type, whatever the op; None if it can run there."""
     if name in ("torch", "reference"):
@@ -110,6 +109,10 @@ def _cannot_run_on(name: str, device_type: str) -> tuple[str, str] | None:
     if device_type == "cuda" or _extension.on_cpu():
         return None
     return f"CUDA kernels need CUDA tensors, these are on {device_type}", "move the tensors to a GPU"
+
+
+# torch.compiler.assume_constant_result sets this mark and no more, but imports all of Dynamo (a second) to do so.
+_cannot_run_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not(name: str, device: torch.device) -> str | None:
