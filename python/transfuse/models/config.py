@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transfuse.errors import ConfigError
+from transfuse.nn.rotary import RopeScaling
+
+__all__ = ["RopeScaling", "TransformerConfig"]
 
 CHOICES = {
     "architecture": ("encoder", "decoder", "encoder_decoder"),
@@ -57,39 +60,6 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies stretch beyond the trained length: one factor, or Llama 3's by wavelength.
-
-    ``linear`` divides every frequency by ``factor`` (Chen et al. 2023). ``llama3`` divides those whose wavelength
-    exceeds ``original_max_positions / low_freq_factor``, keeps those below ``original_max_positions /
-    high_freq_factor`` and blends between (Llama 3.1). Schemes whose frequencies follow the current length ("dynamic")
-    are refused: keys already in a cache would carry other frequencies than new ones.
-
-    >>> RopeScaling("llama3", factor=8.0).original_max_positions
-    8192
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("linear", "llama3"):
-            raise ConfigError(f"rope_scaling: kind must be 'linear' or 'llama3', got {self.kind!r}")
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ConfigError(f"rope_scaling: {name} must be a positive number, got {value!r}")
-        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise ConfigError(
-                f"rope_scaling: high_freq_factor must be above low_freq_factor ({self.low_freq_factor}), "
-                f"got {self.high_freq_factor}"
-            )
-
-
-@dataclass(frozen=True)
 class TransformerConfig:
     """One transformer, described completely. Values are checked here; 0 means "derive it" where the comment says so.
 
@@ -99,7 +69,7 @@ class TransformerConfig:
     >>> config = TransformerConfig("decoder", vocab_size=256, hidden_size=64, num_layers=2, num_heads=4,
     ...                            num_kv_heads=2, activation="silu", gated=True, norm="rms", position="rotary")
     >>> config.head_dim, config.intermediate_size, config.num_parameters()
-    (16, 256, 139584)
+    (16, 256, 140608)
     >>> TransformerConfig.from_dict(config.to_dict()) == config
     True
     """

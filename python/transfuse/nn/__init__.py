@@ -1,0 +1,1 @@
+"""Modules on the fused ops: norms, feed-forward, attention and positions."""

@@ -1,0 +1,122 @@
+"""The feed-forward sublayer, plain or gated, on the fused ffn op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from transfuse.errors import ArgumentError
+from transfuse.ops import ffn, linear_act
+
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+class FeedForward(nn.Module):
+    """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (Shazeer 2020: GeGLU, SwiGLU).
+
+    Args:
+        hidden_size: size of input and output.
+        intermediate_size: size between them.
+        activation: relu, gelu, gelu_tanh or silu.
+        gated: adds the ``gate`` projection, which never has a bias.
+        bias: biases of ``up`` and ``down``.
+        dropout: on the inner activations, in training mode.
+
+    Raises:
+        ArgumentError: the activation is unknown.
+
+    >>> ffn = FeedForward(16, 64, activation="silu", gated=True, bias=False)
+    >>> ffn(torch.randn(2, 5, 16)).shape, sorted(ffn.state_dict())
+    (torch.Size([2, 5, 16]), ['down.weight', 'gate.weight', 'up.weight'])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ArgumentError(f"FeedForward: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.activation, self.dropout = activation, dropout
+        self.gate: nn.Module | None = None
+        if gated:
+            self.gate = nn.Linear(hidden_size, intermediate_size, False, device=device, dtype=dtype)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias, device=device, dtype=dtype)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}" + (f", dropout={self.dropout}" if self.dropout else "")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., hidden_size) -> (..., hidden_size)."""
+        p = self.dropout if self.training else 0.0
+        up, down, gate = self.up, self.down, self.gate
+        if not (_is_plain(up) and _is_plain(down) and (gate is None or _is_plain(gate))):
+            return self._unfused(x, p)
+        return ffn(
+            x,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
+            activation=self.activation,
+            w_gate=None if gate is None else gate.weight,
+            dropout_p=p,
+        )
+
+    def _unfused(self, x: torch.Tensor, p: float) -> torch.Tensor:
+        """The same through the submodules: they were replaced (LoRA, quantisation) or carry hooks."""
+        if self.gate is None:
+            h = _ACTIVATE[self.activation](self.up(x))
+        else:
+            h = _ACTIVATE[self.activation](self.gate(x)) * self.up(x)
+        return self.down(F.dropout(h, p) if p else h)
+
+
+_ACTIVATE = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether using the weights directly is the same as calling the module."""
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+
+
+class ActivatedLinear(nn.Linear):
+    """A linear layer with its activation in one op: ``act(x W^T + b)``; torch.nn.Linear's state_dict.
+
+    >>> ActivatedLinear(4, 2, activation="relu")(torch.randn(3, 4)).min().item() >= 0
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ArgumentError(f"ActivatedLinear: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.activation = activation
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (..., in_features) -> (..., out_features)."""
+        return linear_act(input, self.weight, self.bias, self.activation)
