@@ -8,6 +8,7 @@ silently replaced. The automatic choice is logged once per op and reason at INFO
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -88,16 +89,14 @@ def _known(name: str) -> str:
     return name
 
 
-def _cannot_run_on(name: str, device_type: str) -> tuple[str, str] | None:
-    """(reason, remedy) against a backend on a device type, whatever the op; None if it can run there."""
+def _cannot_run_on(name: str, device_type: str, index: int | None) -> tuple[str, str] | None:
+    """(reason, remedy) against a backend on a device, whatever the op; None if it can run there."""
     if name in ("torch", "reference"):
         return None
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed", "pip install triton"
-        if device_type == "cuda":
-            return None
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return (
             f"Triton kernels need CUDA tensors, these are on {device_type}",
@@ -106,9 +105,26 @@ def _cannot_run_on(name: str, device_type: str) -> tuple[str, str] | None:
     reason = _extension.why_not()
     if reason is not None:
         return reason, "see `transfuse doctor`"
-    if device_type == "cuda" or _extension.on_cpu():
-        return None
+    if _extension.on_cpu():
+        return None if device_type == "cpu" else ("TRANSFUSE_CUDA_ON_CPU takes CPU tensors alone", "unset it")
+    if device_type == "cuda":
+        return _gpu_cannot_run_extension(index)
     return f"CUDA kernels need CUDA tensors, these are on {device_type}", "move the tensors to a GPU"
+
+
+@functools.cache
+def _gpu_cannot_run_extension(index: int | None) -> tuple[str, str] | None:
+    """Against the extension on one GPU: its driver is too old, or it is older than the kernels' machine code."""
+    module = _extension.load()
+    assert module is not None  # why_not() was asked before
+    driver, runtime = module.driver_version(), module.runtime_version()
+    if driver // 1000 < runtime // 1000:
+        have, need = (f"{v // 1000}.{v % 1000 // 10}" for v in (driver, runtime))
+        return f"the driver supports CUDA {have}, the extension needs {need}", "update the NVIDIA driver"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}", "use another backend"
+    return None
 
 
 # torch.compiler.assume_constant_result sets this mark and no more, but imports all of Dynamo (a second) to do so.
@@ -121,7 +137,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     >>> why_not("torch", torch.device("cpu")) is None
     True
     """
-    found = _cannot_run_on(_known(name), device.type)
+    found = _cannot_run_on(_known(name), device.type, device.index)
     return None if found is None else f"{found[0]} ({found[1]})"
 
 
@@ -174,21 +190,8 @@ def backends() -> list[BackendStatus]:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
     for name in NAMES:
-        against = _cannot_run_on(name, device_type)
-        if against is None and name == "cuda" and device_type == "cuda":
-            against = _no_machine_code()
+        against = _cannot_run_on(name, device_type, None)
         reason, remedy = against or (None, None)
         facts = _extension.info() if name == "cuda" else {}
         found.append(BackendStatus(name, against is None, reason, remedy, facts))
     return found
-
-
-def _no_machine_code() -> tuple[str, str] | None:
-    """Against the extension on the current GPU: it is older than the oldest architecture the kernels were built for."""
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < (8, 0):
-        return (
-            f"the kernels need compute capability 8.0 or newer, this GPU has {major}.{minor}",
-            "use the triton backend",
-        )
-    return None
