@@ -29,7 +29,7 @@ py::dict dtypes() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   // A launch may wait for a full queue or a first-use compilation: other Python threads go on meanwhile.
   using released = py::call_guard<py::gil_scoped_release>;
 

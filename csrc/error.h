@@ -1,25 +1,46 @@
-// What a launcher throws. pybind11 turns std::invalid_argument into ValueError and std::runtime_error into RuntimeError.
+// What a launcher throws. pybind11 makes std::invalid_argument a ValueError and std::runtime_error a RuntimeError.
 #pragma once
 
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "tensor.h"
 
 namespace transfuse {
 
-// "x float16 (8, 768), weight float32 (768)"; absent tensors (nullptr) are left out.
-std::string describe(std::initializer_list<std::pair<const char*, const TensorView*>> tensors);
+struct NamedTensor {
+  const char* name;
+  const TensorView* tensor;  // nullptr when absent
+};
 
-// ValueError "op: message". Python validated before; these checks only keep a wrong call from reading wild memory.
-inline void require(bool ok, const char* op, const std::string& message) {
-  if (!ok) throw std::invalid_argument(std::string(op) + ": " + message);
+// One call of a launcher, for messages: its op and its tensors. Text is only made when something is wrong.
+class Call {
+ public:
+  Call(const char* op, std::initializer_list<NamedTensor> tensors) : op(op) {
+    for (const NamedTensor& t : tensors) {
+      if (count_ < kMaxTensors) tensors_[count_++] = t;
+    }
+  }
+
+  // "x float16 (8, 768), weight float32 (768)"
+  std::string shapes() const;
+
+  const char* const op;
+
+ private:
+  static constexpr int kMaxTensors = 16;
+  NamedTensor tensors_[kMaxTensors];
+  int count_ = 0;
+};
+
+// ValueError "op: message; got shapes" unless ok. Python validated before, in the user's words; these checks only keep
+// a wrong call from reading wild memory.
+inline void require(bool ok, const Call& call, const char* message) {
+  if (!ok) throw std::invalid_argument(std::string(call.op) + ": " + message + "; got " + call.shapes());
 }
 
-// RuntimeError "op: CUDA error <name>: <text>; shapes ...; remedy" unless `code` is cudaSuccess. `code` is a
-// cudaError_t: an int here, so that this header serves the host compiler without CUDA's.
-void check_cuda(int code, const char* op, const char* doing, const std::string& shapes);
+// RuntimeError "op: doing failed with <CUDA's name and text> for shapes; remedy" unless the cudaError_t `code` is 0.
+void check_cuda(int code, const Call& call, const char* doing);
 
 }  // namespace transfuse

@@ -36,9 +36,9 @@ const ContextCalls& context_calls() {
 
 }  // namespace
 
-DeviceGuard::DeviceGuard(int device, const char* op, const std::string& shapes) {
+DeviceGuard::DeviceGuard(int device, const Call& call) {
   const ContextCalls& calls = context_calls();
-  check_cuda(calls.error, op, "loading the driver", shapes);
+  check_cuda(calls.error, call, "loading the driver");
   CUcontext current = nullptr;
   CUdevice current_device = -1;
   // A fresh process may not have initialised the driver yet; cudaSetDevice below then does.
@@ -47,7 +47,7 @@ DeviceGuard::DeviceGuard(int device, const char* op, const std::string& shapes) 
     return;  // the usual case, two calls of some 20 ns
   }
   previous_ = current;
-  check_cuda(cudaSetDevice(device), op, "choosing the device", shapes);
+  check_cuda(cudaSetDevice(device), call, "choosing the device");
   restore_ = true;
 }
 

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <string>
 #include <utility>
 
 #include "error.h"
@@ -21,7 +20,7 @@ struct LaunchTarget {
 // device number: restoring by number would create a context (some 500 MB) on a device that nobody had used yet.
 class DeviceGuard {
  public:
-  DeviceGuard(int device, const char* op, const std::string& shapes);
+  DeviceGuard(int device, const Call& call);
   ~DeviceGuard();
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -34,15 +33,15 @@ class DeviceGuard {
 // Launches `kernel` on `target` and throws if the launch is refused. Errors inside a running kernel surface, as
 // always in CUDA, at the next synchronisation.
 template <typename... Params, typename... Args>
-void launch(const char* op, const std::string& shapes, const LaunchTarget& target, dim3 grid, dim3 block,
-            size_t shared_bytes, void (*kernel)(Params...), Args&&... args) {
-  DeviceGuard guard(target.device, op, shapes);
+void launch(const Call& call, const LaunchTarget& target, dim3 grid, dim3 block, size_t shared_bytes,
+            void (*kernel)(Params...), Args&&... args) {
+  DeviceGuard guard(target.device, call);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = target.stream;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), op, "the launch", shapes);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), call, "the launch");
 }
 
 }  // namespace transfuse

@@ -11,37 +11,34 @@ namespace {
 
 using norm::LayerNormParams;
 
-constexpr const char* kOp = "layer_norm_forward";
-
-void check_rows(const char* name, const TensorView& t, const TensorView& x, const std::string& shapes) {
-  require(t.dtype == x.dtype && t.ndim == 2 && t.sizes[0] == x.sizes[0] && t.sizes[1] == x.sizes[1], kOp,
-          std::string(name) + " must have x's dtype and shape, got " + shapes);
-  require(t.strides[1] == 1 || t.sizes[1] <= 1, kOp, std::string(name) + " must have contiguous columns");
+void check_rows(const TensorView& t, const TensorView& x, const Call& call) {
+  require(t.dtype == x.dtype && t.ndim == 2 && t.sizes[0] == x.sizes[0] && t.sizes[1] == x.sizes[1], call,
+          "residual, y and summed must have x's dtype and shape");
+  require(t.strides[1] == 1 || t.sizes[1] <= 1, call, "x, residual, y and summed must have contiguous columns");
 }
 
-void check_vector(const char* name, const TensorView& t, int64_t length, DType first, DType second,
-                  const std::string& shapes) {
-  require((t.dtype == first || t.dtype == second) && t.ndim == 1 && t.sizes[0] == length, kOp,
-          std::string(name) + " has a wrong dtype or length: " + shapes);
-  require(t.strides[0] == 1 || length <= 1, kOp, std::string(name) + " must be contiguous");
+void check_vector(const TensorView& t, int64_t length, DType first, DType second, const Call& call) {
+  require((t.dtype == first || t.dtype == second) && t.ndim == 1 && t.sizes[0] == length, call,
+          "weight and bias must be (columns) in x's dtype or float32, mean and rstd (rows) in float32");
+  require(t.strides[0] == 1 || length <= 1, call, "weight, bias, mean and rstd must be contiguous");
 }
 
-void check(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight,
-           const OptionalTensor& bias, const TensorView& y, const OptionalTensor& summed, const TensorView& mean,
-           const TensorView& rstd, const std::string& shapes) {
-  require(x.dtype == DType::Float32 || x.dtype == DType::Float16 || x.dtype == DType::BFloat16, kOp,
-          "x must be float32, float16 or bfloat16, got " + shapes);
-  require(x.ndim == 2, kOp, "x must be (rows, columns), got " + shapes);
-  require(residual.has_value() == summed.has_value(), kOp, "residual and summed come together, got " + shapes);
-  check_rows("x", x, x, shapes);
-  check_rows("y", y, x, shapes);
-  if (residual) check_rows("residual", *residual, x, shapes);
-  if (summed) check_rows("summed", *summed, x, shapes);
-  if (weight) check_vector("weight", *weight, x.sizes[1], x.dtype, DType::Float32, shapes);
-  if (bias) check_vector("bias", *bias, x.sizes[1], x.dtype, weight ? weight->dtype : DType::Float32, shapes);
-  require(!weight || !bias || weight->dtype == bias->dtype, kOp, "weight and bias must share a dtype, got " + shapes);
-  check_vector("mean", mean, x.sizes[0], DType::Float32, DType::Float32, shapes);
-  check_vector("rstd", rstd, x.sizes[0], DType::Float32, DType::Float32, shapes);
+void check(const TensorView& x, const TensorView* residual, const TensorView* weight, const TensorView* bias,
+           const TensorView& y, const TensorView* summed, const TensorView& mean, const TensorView& rstd,
+           const Call& call) {
+  require(x.dtype == DType::Float32 || x.dtype == DType::Float16 || x.dtype == DType::BFloat16, call,
+          "x must be float32, float16 or bfloat16");
+  require(x.ndim == 2, call, "x must be (rows, columns)");
+  require(!residual == !summed, call, "residual and summed come together");
+  for (const TensorView* rows : {&x, &y, residual, summed}) {
+    if (rows) check_rows(*rows, x, call);
+  }
+  for (const TensorView* parameter : {weight, bias}) {
+    if (parameter) check_vector(*parameter, x.sizes[1], x.dtype, DType::Float32, call);
+  }
+  require(!weight || !bias || weight->dtype == bias->dtype, call, "weight and bias must share a dtype");
+  check_vector(mean, x.sizes[0], DType::Float32, DType::Float32, call);
+  check_vector(rstd, x.sizes[0], DType::Float32, DType::Float32, call);
 }
 
 // 16-byte accesses at every (row, multiple of `vec`) of a (M, N) tensor; an absent tensor is no obstacle.
@@ -54,26 +51,26 @@ bool rows_align(const TensorView* t, int vec) {
 bool starts_align(const TensorView* t) { return !t || reinterpret_cast<uintptr_t>(t->data) % 16 == 0; }
 
 template <typename T, typename W, int VEC>
-void launch_kernel(const LayerNormParams& p, const std::string& shapes, const LaunchTarget& target) {
+void launch_kernel(const LayerNormParams& p, const Call& call, const LaunchTarget& target) {
   // More rows than blocks is no error: the kernels stride over them.
   const auto blocks = [&](int64_t rows) { return dim3(static_cast<unsigned>(std::min<int64_t>(rows, INT_MAX))); };
-  if (p.N > norm::kMaxRegisterColumns) {
-    launch(kOp, shapes, target, blocks(p.M), dim3(norm::kLoopThreads), 0, norm::layer_norm_loop<T, W, VEC>, p);
+  if (p.N > norm::kMaxRowColumns) {
+    launch(call, target, blocks(p.M), dim3(norm::kLoopThreads), 0, norm::layer_norm_loop<T, W, VEC>, p);
     return;
   }
-  constexpr int64_t kColumnsPerWarp = norm::kElementsPerThread * 32;
+  constexpr int64_t kColumnsPerWarp = norm::kRowElements<VEC> * 32;
   const int warps = static_cast<int>(std::max<int64_t>(1, (p.N + kColumnsPerWarp - 1) / kColumnsPerWarp));
   const int rows_a_block = warps == 1 ? 4 : 1;  // 128 threads: enough to fill an SM, few enough to balance the tail
-  launch(kOp, shapes, target, blocks((p.M + rows_a_block - 1) / rows_a_block), dim3(warps * 32, rows_a_block), 0,
+  launch(call, target, blocks((p.M + rows_a_block - 1) / rows_a_block), dim3(warps * 32, rows_a_block), 0,
          norm::layer_norm_row<T, W, VEC>, p);
 }
 
 template <typename T, typename W>
-void choose_access(const LayerNormParams& p, bool aligned, const std::string& shapes, const LaunchTarget& target) {
+void choose_access(const LayerNormParams& p, bool aligned, const Call& call, const LaunchTarget& target) {
   if (aligned) {
-    launch_kernel<T, W, 16 / sizeof(T)>(p, shapes, target);
+    launch_kernel<T, W, 16 / sizeof(T)>(p, call, target);
   } else {
-    launch_kernel<T, W, 1>(p, shapes, target);
+    launch_kernel<T, W, 1>(p, call, target);
   }
 }
 
@@ -86,8 +83,9 @@ void layer_norm_forward(const TensorView& x, const OptionalTensor& residual, con
   const TensorView* w = weight ? &*weight : nullptr;
   const TensorView* b = bias ? &*bias : nullptr;
   const TensorView* s = summed ? &*summed : nullptr;
-  const std::string shapes = describe({{"x", &x}, {"residual", r}, {"weight", w}, {"bias", b}});
-  check(x, residual, weight, bias, y, summed, mean, rstd, shapes);
+  const Call call("layer_norm_forward", {{"x", &x}, {"residual", r}, {"weight", w}, {"bias", b}, {"y", &y},
+                                         {"summed", s}, {"mean", &mean}, {"rstd", &rstd}});
+  check(x, r, w, b, y, s, mean, rstd, call);
   if (x.sizes[0] == 0) return;
 
   LayerNormParams p{};
@@ -114,13 +112,13 @@ void layer_norm_forward(const TensorView& x, const OptionalTensor& residual, con
   const bool wide_parameters = parameter && parameter->dtype == DType::Float32;
   switch (x.dtype) {
     case DType::Float32:
-      return choose_access<float, float>(p, aligned, shapes, target);
+      return choose_access<float, float>(p, aligned, call, target);
     case DType::Float16:
-      return wide_parameters ? choose_access<__half, float>(p, aligned, shapes, target)
-                             : choose_access<__half, __half>(p, aligned, shapes, target);
+      return wide_parameters ? choose_access<__half, float>(p, aligned, call, target)
+                             : choose_access<__half, __half>(p, aligned, call, target);
     default:
-      return wide_parameters ? choose_access<__nv_bfloat16, float>(p, aligned, shapes, target)
-                             : choose_access<__nv_bfloat16, __nv_bfloat16>(p, aligned, shapes, target);
+      return wide_parameters ? choose_access<__nv_bfloat16, float>(p, aligned, call, target)
+                             : choose_access<__nv_bfloat16, __nv_bfloat16>(p, aligned, call, target);
   }
 }
 

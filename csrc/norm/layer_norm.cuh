@@ -5,14 +5,14 @@
 // row stays in registers as fp32 between the sum, the sum of squared deviations and the write. The variance is taken
 // in a second pass over the registers: E[x^2] - E[x]^2 would cancel for rows with a large mean.
 //
-//   layer_norm_row     N <= 8192. blockDim = (32 * warps a row, rows a block); a thread holds 32 elements of its row,
-//                      8 bf16 (4 fp32, 1 scalar) neighbours at a time:
-//                        N <= 1024   one warp a row, 4 rows a block, no shared memory, no barrier
-//                        N <= 8192   one block a row, ceil(N / 1024) warps, one barrier a reduction
-//   layer_norm_loop    any N. One block of 512 threads a row, which it reads three times; a row that long is still in
-//                      the L2 cache the second time.
+//   layer_norm_row     N <= 8192. blockDim = (32 * warps a row, rows a block); a thread holds E = 32 elements of a row
+//                      (16 where VEC = 1) in packs of VEC neighbours, the i-th at (i * blockDim.x + threadIdx.x) * VEC:
+//                        N <= 32 E   one warp a row, 4 rows a block, no shared memory, no barrier
+//                        beyond      one block a row, ceil(N / 32 E) warps, one barrier a reduction
+//   layer_norm_loop    any N. One block of 512 threads a row, which it reads three times in rounds of E / 2 elements a
+//                      thread; a row that long is still in the L2 cache the second time.
 //
-// Shared memory: 256 bytes, static. Saved for backward: mean, rstd (fp32). Backward of the sum is backward of both.
+// Shared memory: 256 bytes, static. Saved for backward: mean, rstd (fp32).
 // The launcher guarantees: contiguous columns; VEC = 16 bytes of T only if every pointer is 16-byte aligned and N and
 // every row stride are multiples of VEC, VEC = 1 otherwise; outputs overlap nothing. Any M, any N, also 0.
 #pragma once
@@ -24,10 +24,13 @@
 
 namespace transfuse::norm {
 
-constexpr int kElementsPerThread = 32;  // 32 fp32 registers a thread; 64 threads' worth of latency a row stays hidden
-constexpr int kMaxRowThreads = 256;
-constexpr int kMaxRegisterColumns = kElementsPerThread * kMaxRowThreads;  // 8192
+constexpr int kMaxRowColumns = 8192;
 constexpr int kLoopThreads = 512;
+
+// Elements of a thread in layer_norm_row. 32 bring 2 KB (bf16) or 4 KB (fp32) a warp in flight, at 72 to 100 registers.
+// Single elements cost an address each: 32 of them would take 166 registers.
+template <int VEC>
+constexpr int kRowElements = VEC == 1 ? 16 : 32;
 
 struct LayerNormParams {
   const void* x;         // (M, N) T
@@ -43,68 +46,124 @@ struct LayerNormParams {
   float eps;
 };
 
-// One row's pointers.
-template <typename T, typename W>
-struct Row {
-  const T* x;
-  const T* residual;
-  T* summed;
-  T* y;
-  const W* weight;
-  const W* bias;
+// ELEMENTS of one row in one thread's registers, from column `begin` of the row on. The loads of one tensor's packs all
+// precede their first use, so that they are in flight together: with one warp a row nothing else hides their latency.
+template <typename T, typename W, int VEC, int ELEMENTS>
+class RowTile {
+ public:
+  __device__ __forceinline__ RowTile(const LayerNormParams& p, int64_t m, int64_t begin)
+      : p_(p), m_(m), begin_(begin), columns_(static_cast<int>(min(p.N - begin, int64_t(ELEMENTS) * blockDim.x))) {}
 
-  __device__ Row(const LayerNormParams& p, int64_t row)
-      : x(static_cast<const T*>(p.x) + row * p.x_stride),
-        residual(p.residual ? static_cast<const T*>(p.residual) + row * p.residual_stride : nullptr),
-        summed(p.residual ? static_cast<T*>(p.summed) + row * p.summed_stride : nullptr),
-        y(static_cast<T*>(p.y) + row * p.y_stride),
-        weight(static_cast<const W*>(p.weight)),
-        bias(static_cast<const W*>(p.bias)) {}
+  // s_reg = s, and `summed` is written on the way.
+  __device__ __forceinline__ void read() {
+    TPack x_reg[kPacks];
+    load_all(x_reg, at<const T>(p_.x, p_.x_stride));
+    if (p_.residual) {
+      TPack residual_reg[kPacks];
+      load_all(residual_reg, at<const T>(p_.residual, p_.residual_stride));
+      T* summed = at<T>(p_.summed, p_.summed_stride);
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+        for (int j = 0; j < VEC; ++j) {
+          const float sum = device::to_float(x_reg[i].at[j]) + device::to_float(residual_reg[i].at[j]);
+          x_reg[i].at[j] = device::from_float<T>(sum);
+        }
+        if (inside(i)) device::store<VEC>(summed + column(i), x_reg[i]);
+      }
+    }
+    widen(x_reg);
+  }
 
-  // s[col .. col + VEC), written to `summed` on the way.
-  template <int VEC>
-  __device__ __forceinline__ void read(int64_t col, float (&s)[VEC]) const {
-    auto pack = device::load<VEC>(x + col);
-    if (residual) {
-      const auto added = device::load<VEC>(residual + col);
+  // The same values a second time. This thread wrote `summed` itself and so sees it without a barrier.
+  __device__ __forceinline__ void read_again() {
+    TPack s_packs[kPacks];
+    load_all(s_packs, p_.residual ? at<const T>(p_.summed, p_.summed_stride) : at<const T>(p_.x, p_.x_stride));
+    widen(s_packs);
+  }
+
+  __device__ __forceinline__ float sum() const {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) total += s_reg_[i][j];  // 0 outside the row
+    }
+    return total;
+  }
+
+  __device__ __forceinline__ float squared_deviations(float mean) const {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float pack_total = 0.0f;
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) pack_total += (s_reg_[i][j] - mean) * (s_reg_[i][j] - mean);
+      if (inside(i)) total += pack_total;
+    }
+    return total;
+  }
+
+  // y = (s - mean) * rstd * weight + bias
+  __device__ __forceinline__ void write_normalised(float mean, float rstd) const {
+    T* y = at<T>(p_.y, p_.y_stride);
+    const W* weight = static_cast<const W*>(p_.weight) + begin_;
+    const W* bias = static_cast<const W*>(p_.bias) + begin_;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const WPack w = p_.weight && inside(i) ? device::load<VEC>(weight + column(i)) : filled(1.0f);
+      const WPack b = p_.bias && inside(i) ? device::load<VEC>(bias + column(i)) : filled(0.0f);
+      TPack pack;
 #pragma unroll
       for (int j = 0; j < VEC; ++j) {
-        pack.at[j] = device::from_float<T>(device::to_float(pack.at[j]) + device::to_float(added.at[j]));
+        const float normed = (s_reg_[i][j] - mean) * rstd;
+        pack.at[j] = device::from_float<T>(normed * device::to_float(w.at[j]) + device::to_float(b.at[j]));
       }
-      device::store<VEC>(summed + col, pack);
+      if (inside(i)) device::store<VEC>(y + column(i), pack);
     }
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) s[j] = device::to_float(pack.at[j]);
   }
 
-  // The same values a second time: this thread wrote `summed` itself, so it sees its own writes without a barrier.
-  template <int VEC>
-  __device__ __forceinline__ void read_again(int64_t col, float (&s)[VEC]) const {
-    const auto pack = device::load<VEC>((residual ? summed : x) + col);
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) s[j] = device::to_float(pack.at[j]);
+ private:
+  static constexpr int kPacks = ELEMENTS / VEC;
+  using TPack = device::Pack<T, VEC>;
+  using WPack = device::Pack<W, VEC>;
+
+  // Counted from `begin`, in 32 bits: 64-bit columns would cost a register an address.
+  __device__ __forceinline__ int column(int pack) const {
+    return (pack * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * VEC;
   }
 
-  template <int VEC>
-  __device__ __forceinline__ void write(int64_t col, const float (&s)[VEC], float mean, float rstd) const {
-    float out[VEC];
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) out[j] = (s[j] - mean) * rstd;
-    if (weight) {
-      const auto w = device::load<VEC>(weight + col);
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) out[j] *= device::to_float(w.at[j]);
-    }
-    if (bias) {
-      const auto b = device::load<VEC>(bias + col);
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) out[j] += device::to_float(b.at[j]);
-    }
-    device::Pack<T, VEC> pack;
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) pack.at[j] = device::from_float<T>(out[j]);
-    device::store<VEC>(y + col, pack);
+  __device__ __forceinline__ bool inside(int pack) const { return column(pack) < columns_; }
+
+  template <typename E, typename V>
+  __device__ __forceinline__ E* at(V* data, int64_t row_stride) const {
+    return static_cast<E*>(data) + m_ * row_stride + begin_;
   }
+
+  __device__ __forceinline__ static WPack filled(float value) {
+    WPack pack;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) pack.at[j] = device::from_float<W>(value);
+    return pack;
+  }
+
+  __device__ __forceinline__ void load_all(TPack (&packs)[kPacks], const T* from) const {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) packs[i] = inside(i) ? device::load<VEC>(from + column(i)) : TPack{};
+  }
+
+  __device__ __forceinline__ void widen(const TPack (&packs)[kPacks]) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+#pragma unroll
+      for (int j = 0; j < VEC; ++j) s_reg_[i][j] = device::to_float(packs[i].at[j]);
+    }
+  }
+
+  const LayerNormParams& p_;
+  const int64_t m_, begin_;
+  const int columns_;
+  float s_reg_[kPacks][VEC];
 };
 
 // IEEE square root and division, once a row: rsqrtf would spend two units in the last place of every element.
@@ -112,82 +171,56 @@ __device__ __forceinline__ float reciprocal_deviation(float squares, int64_t N, 
   return 1.0f / sqrtf(squares / static_cast<float>(N) + eps);
 }
 
+__device__ __forceinline__ void write_statistics(const LayerNormParams& p, int64_t m, float mean, float rstd) {
+  if (threadIdx.x == 0) {
+    p.mean[m] = mean;
+    p.rstd[m] = rstd;
+  }
+}
+
 template <typename T, typename W, int VEC>
-__global__ void __launch_bounds__(kMaxRowThreads) layer_norm_row(const LayerNormParams p) {
-  constexpr int kPacks = kElementsPerThread / VEC;
-  __shared__ float sum_smem[device::kWarp], square_smem[device::kWarp];
-  const int N = static_cast<int>(p.N);
+__global__ void __launch_bounds__(kMaxRowColumns / kRowElements<VEC>) layer_norm_row(const LayerNormParams p) {
+  __shared__ float sum_smem[device::kWarp], squares_smem[device::kWarp];
 
   for (int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; m < p.M; m += int64_t(gridDim.x) * blockDim.y) {
-    const Row<T, W> row(p, m);
-    float s_reg[kPacks][VEC];  // s[m, (i * blockDim.x + threadIdx.x) * VEC + j]
-
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int col = (i * blockDim.x + threadIdx.x) * VEC;
-      if (col < N) {
-        row.read(col, s_reg[i]);
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) sum += s_reg[i][j];
-      }
-    }
-    const float mean = device::row_sum(sum, sum_smem) / static_cast<float>(N);
-
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (static_cast<int>(i * blockDim.x + threadIdx.x) * VEC < N) {
-#pragma unroll
-        for (int j = 0; j < VEC; ++j) squares += (s_reg[i][j] - mean) * (s_reg[i][j] - mean);
-      }
-    }
-    const float rstd = reciprocal_deviation(device::row_sum(squares, square_smem), N, p.eps);
-
-    if (threadIdx.x == 0) {
-      p.mean[m] = mean;
-      p.rstd[m] = rstd;
-    }
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      const int col = (i * blockDim.x + threadIdx.x) * VEC;
-      if (col < N) row.write(col, s_reg[i], mean, rstd);
-    }
+    RowTile<T, W, VEC, kRowElements<VEC>> row(p, m, 0);
+    row.read();
+    const float mean = device::row_sum(row.sum(), sum_smem) / static_cast<float>(p.N);
+    const float squares = device::row_sum(row.squared_deviations(mean), squares_smem);
+    const float rstd = reciprocal_deviation(squares, p.N, p.eps);
+    write_statistics(p, m, mean, rstd);
+    row.write_normalised(mean, rstd);
   }
 }
 
 template <typename T, typename W, int VEC>
 __global__ void __launch_bounds__(kLoopThreads) layer_norm_loop(const LayerNormParams p) {
-  __shared__ float sum_smem[device::kWarp], square_smem[device::kWarp];
-  const int64_t first = int64_t(threadIdx.x) * VEC, step = int64_t(blockDim.x) * VEC;
+  constexpr int kElements = kRowElements<VEC> / 2;
+  using Tile = RowTile<T, W, VEC, kElements>;
+  __shared__ float sum_smem[device::kWarp], squares_smem[device::kWarp];
+  const int step = static_cast<int>(blockDim.x) * kElements;  // columns of the row a round
 
   for (int64_t m = blockIdx.x; m < p.M; m += gridDim.x) {
-    const Row<T, W> row(p, m);
-    float s_reg[VEC];
-
-    float sum = 0.0f;
-    for (int64_t col = first; col < p.N; col += step) {
-      row.read(col, s_reg);
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) sum += s_reg[j];
+    float sum = 0.0f, squares = 0.0f;
+    for (int64_t begin = 0; begin < p.N; begin += step) {
+      Tile tile(p, m, begin);
+      tile.read();
+      sum += tile.sum();
     }
     const float mean = device::row_sum(sum, sum_smem) / static_cast<float>(p.N);
 
-    float squares = 0.0f;
-    for (int64_t col = first; col < p.N; col += step) {
-      row.read_again(col, s_reg);
-#pragma unroll
-      for (int j = 0; j < VEC; ++j) squares += (s_reg[j] - mean) * (s_reg[j] - mean);
+    for (int64_t begin = 0; begin < p.N; begin += step) {
+      Tile tile(p, m, begin);
+      tile.read_again();
+      squares += tile.squared_deviations(mean);
     }
-    const float rstd = reciprocal_deviation(device::row_sum(squares, square_smem), p.N, p.eps);
+    const float rstd = reciprocal_deviation(device::row_sum(squares, squares_smem), p.N, p.eps);
+    write_statistics(p, m, mean, rstd);
 
-    if (threadIdx.x == 0) {
-      p.mean[m] = mean;
-      p.rstd[m] = rstd;
-    }
-    for (int64_t col = first; col < p.N; col += step) {
-      row.read_again(col, s_reg);
-      row.write(col, s_reg, mean, rstd);
+    for (int64_t begin = 0; begin < p.N; begin += step) {
+      Tile tile(p, m, begin);
+      tile.read_again();
+      tile.write_normalised(mean, rstd);
     }
   }
 }
