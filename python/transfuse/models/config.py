@@ -69,7 +69,7 @@ class TransformerConfig:
     >>> config = TransformerConfig("decoder", vocab_size=256, hidden_size=64, num_layers=2, num_heads=4,
     ...                            num_kv_heads=2, activation="silu", gated=True, norm="rms", position="rotary")
     >>> config.head_dim, config.intermediate_size, config.num_parameters()
-    (16, 256, 140608)
+    (16, 256, 141120)
     >>> TransformerConfig.from_dict(config.to_dict()) == config
     True
     """
@@ -152,12 +152,17 @@ class TransformerConfig:
         self._check_ranges()
         self._check_fit()
 
-    # -- derived facts ------------------------------------------------------------------------------------------
-
     @property
     def is_encoder_decoder(self) -> bool:
         """True for an encoder with a decoder that attends to it."""
         return self.architecture == "encoder_decoder"
+
+    @property
+    def num_decoder_kv_heads(self) -> int:
+        """Key/value heads of an encoder_decoder's decoder: with heads of its own it keeps the grouping ratio."""
+        if self.num_decoder_heads == self.num_heads:
+            return self.num_kv_heads
+        return max(1, self.num_decoder_heads * self.num_kv_heads // self.num_heads)
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of one layer, None where it attends globally."""
@@ -170,30 +175,25 @@ class TransformerConfig:
         c, d = self, self.hidden_size
         norm = d * (1 + (c.norm == "layer" and c.norm_bias))
 
-        def stack(layers: int, heads: int, inner: int, vocab: int, cross: bool) -> int:
-            q, kv = heads * c.head_dim, self._kv_heads(heads) * c.head_dim
+        def stack(layers: int, heads: int, kv_heads: int, inner: int, vocab: int, cross: bool) -> int:
+            q, kv = heads * c.head_dim, kv_heads * c.head_dim
             attention = d * (2 * q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + c.out_bias * d
-            ffn = (2 + c.gated) * d * inner + c.ffn_bias * (inner + d)
+            ffn = (2 + c.gated) * d * inner + c.ffn_bias * ((1 + c.gated) * inner + d)
             block = (1 + cross) * attention + ffn + (2 + cross) * norm
             embedding = (vocab + c.type_vocab_size) * d + c.embedding_norm * norm
             embedding += (c.max_positions + c.position_offset) * d if c.position == "learned" else 0
             relative = c.relative_buckets * heads if c.position == "relative" else 0
             return layers * block + embedding + relative + c.final_norm * norm
 
-        total = 0
-        if c.architecture != "decoder":
-            total += stack(c.num_layers, c.num_heads, c.intermediate_size, c.vocab_size, False)
-            total += (d * d + d) if c.pooler else 0
-        if c.architecture == "decoder":
-            total += stack(c.num_layers, c.num_heads, c.intermediate_size, c.vocab_size, False)
-        elif c.is_encoder_decoder:
+        total = stack(c.num_layers, c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, False)
+        total += (d * d + d) if c.pooler else 0
+        if c.is_encoder_decoder:
             vocab = 0 if c.share_embeddings else c.decoder_vocab_size
-            total += stack(c.num_decoder_layers, c.num_decoder_heads, c.decoder_intermediate_size, vocab, True)
+            heads = (c.num_decoder_heads, c.num_decoder_kv_heads)
+            total += stack(c.num_decoder_layers, *heads, c.decoder_intermediate_size, vocab, True)
         if c.architecture != "encoder":
             total += (0 if c.tie_embeddings else c.decoder_vocab_size * d) + c.lm_head_bias * c.decoder_vocab_size
         return total
-
-    # -- reading and writing ------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; ``from_dict`` reads them back."""
@@ -223,8 +223,6 @@ class TransformerConfig:
         if not isinstance(values, dict):
             raise ConfigError(f"config: expected a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
-
-    # -- checks -------------------------------------------------------------------------------------------------
 
     def _check_types(self) -> None:
         for f in dataclasses.fields(self):
@@ -293,11 +291,10 @@ class TransformerConfig:
                     raise ConfigError(f"config: {name} must be a token id from 0 to {size - 1}, got {value!r}")
 
     def _check_fit(self) -> None:
-        for heads in {self.num_heads, self.num_decoder_heads}:
-            if heads % self._kv_heads(heads):
-                raise ConfigError(
-                    f"config: num_heads must be a multiple of num_kv_heads, got {heads} and {self._kv_heads(heads)}"
-                )
+        decoder = (self.num_decoder_heads, self.num_decoder_kv_heads)
+        for heads, kv_heads in ((self.num_heads, self.num_kv_heads), decoder):
+            if heads % kv_heads:
+                raise ConfigError(f"config: num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}")
         if self.position == "rotary" and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
             raise ConfigError(
                 f"config: rotary_dim must be even and at most head_dim ({self.head_dim}), got {self.rotary_dim}"
@@ -340,10 +337,6 @@ class TransformerConfig:
                 f"config: share_embeddings needs one vocabulary, got vocab_size {self.vocab_size} and "
                 f"decoder_vocab_size {self.decoder_vocab_size}; set share_embeddings=False"
             )
-
-    def _kv_heads(self, heads: int) -> int:
-        """Key/value heads of a stack with this many heads: a decoder of its own size keeps the grouping ratio."""
-        return self.num_kv_heads if heads == self.num_heads else max(1, heads * self.num_kv_heads // self.num_heads)
 
 
 def _from_mapping(cls: type[Any], values: Mapping[str, Any], what: str) -> Any:

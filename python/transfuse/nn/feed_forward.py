@@ -19,8 +19,8 @@ class FeedForward(nn.Module):
         hidden_size: size of input and output.
         intermediate_size: size between them.
         activation: relu, gelu, gelu_tanh or silu.
-        gated: adds the ``gate`` projection, which never has a bias.
-        bias: biases of ``up`` and ``down``.
+        gated: adds the ``gate`` projection.
+        bias: biases of all projections. The fused op has none on the gate, so a gate with one runs unfused.
         dropout: on the inner activations, in training mode.
 
     Raises:
@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
         self.activation, self.dropout = activation, dropout
         self.gate: nn.Module | None = None
         if gated:
-            self.gate = nn.Linear(hidden_size, intermediate_size, False, device=device, dtype=dtype)
+            self.gate = nn.Linear(hidden_size, intermediate_size, bias, device=device, dtype=dtype)
         self.up = nn.Linear(hidden_size, intermediate_size, bias, device=device, dtype=dtype)
         self.down = nn.Linear(intermediate_size, hidden_size, bias, device=device, dtype=dtype)
 
@@ -60,7 +60,7 @@ class FeedForward(nn.Module):
         """x: (..., hidden_size) -> (..., hidden_size)."""
         p = self.dropout if self.training else 0.0
         up, down, gate = self.up, self.down, self.gate
-        if not (_is_plain(up) and _is_plain(down) and (gate is None or _is_plain(gate))):
+        if not (_is_plain(up) and _is_plain(down) and (gate is None or (_is_plain(gate) and gate.bias is None))):
             return self._unfused(x, p)
         return ffn(
             x,
@@ -74,7 +74,7 @@ class FeedForward(nn.Module):
         )
 
     def _unfused(self, x: torch.Tensor, p: float) -> torch.Tensor:
-        """The same through the submodules: they were replaced (LoRA, quantisation) or carry hooks."""
+        """The same through the submodules: replaced (LoRA, quantisation), with hooks, or with a bias on the gate."""
         if self.gate is None:
             h = _ACTIVATE[self.activation](self.up(x))
         else:
@@ -113,7 +113,9 @@ class ActivatedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         if activation not in ACTIVATIONS:
-            raise ArgumentError(f"ActivatedLinear: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise ArgumentError(
+                f"ActivatedLinear: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.activation = activation
 

@@ -1,0 +1,134 @@
+"""What every model has: one initialisation, a count of its parameters, saving."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from transfuse.errors import ConfigError
+from transfuse.models.blocks import Block
+from transfuse.models.config import TransformerConfig
+from transfuse.models.heads import MaskedLMHead, OutputHead
+from transfuse.nn import RelativePositionBias
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters by part; a tensor shared by two parts is counted once, where it is first used.
+
+    >>> print(ParameterCount(embedding=1000, attention=400, feed_forward=800, norm=20, head=0))
+    2,220 parameters: embedding 1,000, attention 400, feed_forward 800, norm 20, head 0
+    """
+
+    embedding: int
+    attention: int
+    feed_forward: int
+    norm: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return self.embedding + self.attention + self.feed_forward + self.norm + self.head
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {getattr(self, name):,}" for name in self.__dataclass_fields__)
+        return f"{self.total:,} parameters: {parts}"
+
+
+class TransformerModel(nn.Module):
+    """Base of all models: holds the configuration, initialises, counts.
+
+    Sub-modules are made on the meta device and materialised once, by :meth:`_materialise`, so that nothing is
+    allocated before its size was checked and nothing is initialised twice.
+    """
+
+    config: TransformerConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are."""
+        return next(self.parameters()).dtype
+
+    def num_parameters(self) -> ParameterCount:
+        """The parameters, by part: embedding, attention (relative positions included), feed_forward, norm, head."""
+        counts = dict.fromkeys(ParameterCount.__dataclass_fields__, 0)
+        for name, parameter in self.named_parameters():
+            counts[_part(name)] += parameter.numel()
+        return ParameterCount(**counts)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights and tables normal with ``initializer_range``, biases 0, norms 1.
+
+        In pre-norm models the two or three projections of a layer that add to the stream are divided by the square
+        root of how many such additions the stack has, so that the stream's variance does not grow with depth (GPT-2).
+        """
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, RelativePositionBias)):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm, OutputHead, MaskedLMHead)):
+                module.reset_parameters()
+        for stack in self.modules():
+            if isinstance(stack, nn.ModuleList):
+                _scale_additions([b for b in stack if isinstance(b, Block) and b.pre])
+
+    def _materialise(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Gives the parameters memory on ``device`` and first values; on the meta device it does nothing."""
+        where = torch.get_default_device() if device is None else torch.device(device)
+        if where.type == "meta":
+            return
+        if where.type == "cpu":
+            _check_memory(self.num_parameters().total, dtype or torch.get_default_dtype())
+        self.to_empty(device=where)
+        self.reset_parameters()
+
+
+def _scale_additions(blocks: list[Block]) -> None:
+    """Divides what a pre-norm stack adds to its stream by the square root of the number of additions."""
+    for block in blocks:
+        added = [block.attention.out, block.feed_forward.down]
+        if block.cross_attention is not None:
+            added.append(block.cross_attention.out)
+        for projection in added:
+            projection.weight.mul_(1.0 / math.sqrt(len(added) * len(blocks)))
+
+
+def _part(name: str) -> str:
+    """The part of a model that a parameter belongs to, by its name."""
+    words = name.split(".")[:-1]
+    if any(w.endswith("norm") for w in words):
+        return "norm"
+    if "embeddings" in words:
+        return "embedding"
+    if "attention" in words or "cross_attention" in words or "relative_position" in words:
+        return "attention"
+    return "feed_forward" if "feed_forward" in words else "head"
+
+
+def _check_memory(parameters: int, dtype: torch.dtype) -> None:
+    """Refuses a model larger than the machine's memory: the kernel would kill the process instead of failing."""
+    if not hasattr(os, "sysconf"):
+        return
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # not every system tells
+        return
+    need = parameters * dtype.itemsize
+    if 0 < memory < need:
+        raise ConfigError(
+            f"config: the model has {parameters:,} parameters and needs {need / 2**30:,.1f} GiB in {dtype}, this "
+            f"machine has {memory / 2**30:,.1f} GiB; take a smaller configuration or dtype, or device='meta'"
+        )

@@ -1,0 +1,185 @@
+"""The key/value cache of a decoder: allocated once, appended to in place, read as views."""
+
+from __future__ import annotations
+
+import torch
+
+from transfuse.errors import ArgumentError
+
+
+class LayerKeyValues:
+    """One layer's share of a :class:`KVCache`: its self-attention buffers, and its cross-attention pair once known."""
+
+    __slots__ = ("cross", "keys", "owner", "values")
+
+    def __init__(self, owner: KVCache, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.owner = owner
+        self.keys, self.values = keys, values  # (batch, kv_heads, max_length, head_dim)
+        self.cross: tuple[torch.Tensor, torch.Tensor] | None = None  # (batch, kv_heads, source_length, head_dim) each
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes k and v (batch, kv_heads, new, head_dim) behind the filled positions; views of all, new included.
+
+        The cache's length moves on by :meth:`KVCache.advance`, after the last layer.
+        """
+        start, stop = self.owner.length, self.owner.length + k.shape[2]
+        self.keys[:, :, start:stop] = k
+        self.values[:, :, start:stop] = v
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class KVCache:
+    """Keys and values of the tokens a decoder has read, for all its layers; ``model.new_cache(...)`` makes one.
+
+    Nothing is copied in a step but the new keys and values. Padding is remembered: a mask is needed only in the call
+    that has padding in it.
+
+    Args:
+        num_layers: decoder layers.
+        batch: rows.
+        num_kv_heads: key/value heads.
+        max_length: positions that fit.
+        head_dim: size of a head.
+        dtype, device: of the buffers.
+
+    Attributes:
+        length: positions filled, the same in every row (padding included).
+        max_length: positions that fit.
+        layers: one :class:`LayerKeyValues` a layer.
+
+    Raises:
+        ArgumentError: batch or max_length is below 1.
+
+    >>> import transfuse
+    >>> config = transfuse.TransformerConfig("decoder", vocab_size=50, hidden_size=16, num_layers=2, num_heads=2)
+    >>> model = transfuse.Decoder(config).eval()
+    >>> cache = model.new_cache(batch=1, max_length=8)
+    >>> step = [model(torch.tensor([[t]]), cache=cache).logits for t in (3, 1, 4)]
+    >>> cache.length, torch.allclose(step[2], model(torch.tensor([[3, 1, 4]])).logits[:, 2:], atol=1e-5)
+    (3, True)
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        num_kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if batch < 1 or max_length < 1:
+            raise ArgumentError(f"KVCache: batch and max_length must be at least 1, got {batch} and {max_length}")
+        self.length = 0
+        self.max_length = max_length
+        self.mask: torch.Tensor | None = None  # (batch, max_length) bool, True = token; None: no padding so far
+        self.cross_mask: torch.Tensor | None = None  # (batch, 1, 1, source_length) bool; None: no padding
+        shape = (batch, num_kv_heads, max_length, head_dim)
+        # zeros, not empty: a kernel may load a tile beyond the filled length, and 0 * NaN is NaN
+        self.layers = [
+            LayerKeyValues(self, *(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
+            for _ in range(num_layers)
+        ]
+
+    def __repr__(self) -> str:
+        rows, heads, _, dim = self.layers[0].keys.shape
+        return (
+            f"KVCache(layers={len(self.layers)}, batch={rows}, kv_heads={heads}, length={self.length} of "
+            f"{self.max_length}, head_dim={dim}, cross={self.has_cross}, {self.bytes() / 2**20:.1f} MiB)"
+        )
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.layers[0].keys.shape[0]
+
+    @property
+    def has_cross(self) -> bool:
+        """Whether the cross-attention keys of the source are stored: the encoder need not run again."""
+        return self.layers[-1].cross is not None
+
+    def bytes(self) -> int:
+        """Memory of all buffers."""
+        tensors = [t for layer in self.layers for t in (layer.keys, layer.values, *(layer.cross or ()))]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def check_room(self, batch: int, new: int) -> None:
+        """Raises ArgumentError unless ``new`` more positions fit and the batch is the cache's."""
+        if batch != self.batch:
+            raise ArgumentError(f"KVCache: made for {self.batch} rows, got a batch of {batch}")
+        if self.length + new > self.max_length:
+            raise ArgumentError(
+                f"KVCache: {new} more positions do not fit, {self.length} of {self.max_length} are filled; make it "
+                f"with max_length={self.length + new} or more"
+            )
+
+    def remember_mask(self, mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
+        """Notes which of the positions are tokens; gives those of all positions, new included, or None if all are.
+
+        Args:
+            mask: (batch, new) or (batch, length + new) bool, True = token; None: all new ones are.
+            new: how many positions are being added.
+        """
+        stop = self.length + new
+        if mask is None and self.mask is None:
+            return None
+        if self.mask is None:
+            self.mask = torch.ones(self.batch, self.max_length, dtype=torch.bool, device=self.layers[0].keys.device)
+        if mask is None:
+            self.mask[:, self.length : stop] = True
+        else:
+            self.mask[:, stop - mask.shape[1] : stop] = mask
+        return self.mask[:, :stop]
+
+    def advance(self, new: int) -> None:
+        """Counts ``new`` positions as filled, once all layers have appended them."""
+        self.length += new
+
+    def crop(self, length: int) -> None:
+        """Forgets all positions from ``length`` on (speculative decoding takes back rejected tokens).
+
+        Raises:
+            ArgumentError: length is not between 0 and the filled length.
+        """
+        if not 0 <= length <= self.length:
+            raise ArgumentError(f"KVCache.crop: length must be between 0 and {self.length}, got {length}")
+        self.length = length
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Row i becomes a copy of row ``index[i]``, in place (beam search); index: (batch,) integers."""
+        self._check_rows("reorder", index)
+        if index.shape[0] != self.batch:
+            raise ArgumentError(f"KVCache.reorder: index must have shape ({self.batch},), got {tuple(index.shape)}")
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                filled = buffer[:, :, : self.length]
+                filled.copy_(filled.index_select(0, index))
+        self._select_rest(index)
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Keeps these rows, in this order; repeats are fine (drop finished rows, or widen for beams): (n,) integers."""
+        self._check_rows("select", rows)
+        for layer in self.layers:
+            layer.keys, layer.values = self._take(layer.keys, rows), self._take(layer.values, rows)
+        self._select_rest(rows)
+
+    def _take(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        taken = buffer.new_zeros(rows.shape[0], *buffer.shape[1:])
+        taken[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, rows)
+        return taken
+
+    def _select_rest(self, rows: torch.Tensor) -> None:
+        for layer in self.layers:
+            if layer.cross is not None:
+                layer.cross = (layer.cross[0].index_select(0, rows), layer.cross[1].index_select(0, rows))
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, rows)
+        if self.cross_mask is not None:
+            self.cross_mask = self.cross_mask.index_select(0, rows)
+
+    def _check_rows(self, name: str, rows: torch.Tensor) -> None:
+        if rows.dim() != 1 or rows.shape[0] < 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise ArgumentError(
+                f"KVCache.{name}: expected row numbers (n,), int64 or int32, got {tuple(rows.shape)} {rows.dtype}"
+            )

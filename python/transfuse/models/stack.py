@@ -1,0 +1,143 @@
+"""Embeddings, blocks and final norm: the body that Encoder and Decoder share."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from transfuse.errors import ArgumentError, DtypeError
+from transfuse.models.base import TransformerModel
+from transfuse.models.blocks import Block, BlockInputs, make_norm
+from transfuse.models.cache import KVCache
+from transfuse.models.config import TransformerConfig
+from transfuse.models.embeddings import Embeddings
+from transfuse.nn import RelativePositionBias, RotaryEmbedding
+
+
+class Stack(TransformerModel):
+    """The layers of one encoder or decoder, from ids to the last hidden state."""
+
+    def __init__(self, config: TransformerConfig, *, decoder: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        second = decoder and config.is_encoder_decoder
+        layers = config.num_decoder_layers if second else config.num_layers
+        self.config = config
+        self.embeddings = Embeddings(
+            config, config.decoder_vocab_size if second else config.vocab_size, device="meta", dtype=dtype
+        )
+        self.rotary: RotaryEmbedding | None = None
+        self.relative_position: RelativePositionBias | None = None
+        if config.position == "rotary":
+            self.rotary = RotaryEmbedding(config.rotary_dim, config.rope_theta, config.rope_scaling)
+        elif config.position == "relative":
+            self.relative_position = RelativePositionBias(
+                config.num_decoder_heads if second else config.num_heads,
+                config.relative_buckets,
+                config.relative_max_distance,
+                bidirectional=not decoder,
+                device="meta",
+                dtype=dtype,
+            )
+        self.layers = nn.ModuleList(
+            Block(config, i, decoder=decoder, device="meta", dtype=dtype) for i in range(layers)
+        )
+        self.final_norm = make_norm(config, "meta", dtype) if config.final_norm else None
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: KVCache | None,
+        inputs: BlockInputs,
+        output_hidden_states: bool,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        """(last hidden state, hidden states or None); ``inputs`` gets the fields that follow from ids and mask."""
+        check_ids("input_ids", input_ids)
+        batch, new = input_ids.shape
+        past = 0
+        if cache is not None:
+            cache.check_room(batch, new)
+            past = cache.length
+        tokens = as_mask("attention_mask", attention_mask, batch, new, past)
+        if cache is not None:
+            tokens = cache.remember_mask(tokens, new)
+        positions, limit = self._positions(input_ids, position_ids, tokens, past)
+        x = self.embeddings(input_ids, positions, limit, token_type_ids)
+        inputs.mask = None if tokens is None else tokens[:, None, None, :]
+        if self.rotary is not None:
+            assert positions is not None
+            inputs.rotary = self.rotary(positions, x.dtype)
+        if self.relative_position is not None:
+            inputs.bias = self.relative_position(new, past + new, past)
+        x, states = self._layers(x, inputs, cache, output_hidden_states)
+        if cache is not None:
+            cache.advance(new)
+        return x, states
+
+    def _layers(
+        self, x: torch.Tensor, inputs: BlockInputs, cache: KVCache | None, output_hidden_states: bool
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+        states: list[torch.Tensor] = []
+        stream: torch.Tensor | None = None  # what x is still to be added to: see Block
+        for i, layer in enumerate(self.layers):
+            if output_hidden_states:
+                x, stream = (x if stream is None else x + stream), None
+                states.append(x)
+            x, stream = layer(x, stream, inputs, None if cache is None else cache.layers[i])
+        if self.final_norm is None:
+            x = x if stream is None else x + stream
+        elif stream is None:
+            x = self.final_norm(x)
+        else:
+            x, _ = self.final_norm(x, residual=stream)
+        return x, (*states, x) if output_hidden_states else None
+
+    def _positions(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, tokens: torch.Tensor | None, past: int
+    ) -> tuple[torch.Tensor | None, int | None]:
+        """Positions (batch or 1, length) and a bound on them; with padding the n-th token of a row is at n."""
+        if self.config.position in ("none", "relative"):
+            if position_ids is not None:
+                raise ArgumentError(f"position_ids: positions here are {self.config.position!r}; leave it out")
+            return None, None
+        batch, new = input_ids.shape
+        if position_ids is not None:
+            ids = position_ids[None] if position_ids.dim() == 1 else position_ids
+            if ids.shape not in ((batch, new), (1, new)):
+                raise ArgumentError(
+                    f"position_ids: expected shape {(batch, new)} or {(1, new)}, got {tuple(position_ids.shape)}"
+                )
+            return ids, None
+        if tokens is None:
+            return torch.arange(past, past + new, device=input_ids.device)[None], past + new
+        return (tokens.long().cumsum(1) - 1).clamp_min(0)[:, past:], past + new
+
+
+def check_ids(name: str, ids: torch.Tensor) -> None:
+    """Token ids are integers, (batch, length)."""
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        got = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise DtypeError(f"{name}: expected an integer tensor (batch, length), got {got}")
+    if ids.dim() != 2:
+        raise ArgumentError(f"{name}: expected shape (batch, length), got {tuple(ids.shape)}; one row needs ids[None]")
+
+
+def as_mask(name: str, mask: torch.Tensor | None, batch: int, new: int, past: int = 0) -> torch.Tensor | None:
+    """The mask as bool, or None where every position is a token, which is the fast path.
+
+    Telling costs one look at the mask. While compiling or capturing a graph nobody can look: the mask stays.
+    """
+    if mask is None:
+        return None
+    shapes = ((batch, new), (batch, past + new))
+    if mask.shape not in shapes:
+        wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
+        raise ArgumentError(f"{name}: expected shape {wanted} with 1 = token, 0 = padding, got {tuple(mask.shape)}")
+    mask = mask.bool()
+    if torch.compiler.is_compiling() or mask.device.type == "meta":
+        return mask
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        return mask
+    return None if bool(mask.all()) else mask
