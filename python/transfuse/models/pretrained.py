@@ -1,0 +1,282 @@
+"""from_pretrained, save_pretrained, load_tokenizer: between files and models.
+
+Loading decides everything before it allocates anything: the configuration is checked, the model is made on the meta
+device, and the names, shapes and dtypes of all tensors are compared with it. Only then does the model get memory, and
+each tensor is copied into its place. A failure leaves no half-loaded model behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from transfuse.errors import ArgumentError, CheckpointError, ConfigError, DtypeError
+from transfuse.models.base import TransformerModel
+from transfuse.models.checkpoint import (
+    FLOAT_DTYPES,
+    WEIGHTS,
+    SafetensorsSource,
+    TensorSource,
+    open_safetensors,
+    read_json,
+    some,
+)
+from transfuse.models.config import TransformerConfig
+from transfuse.models.decoder import Decoder
+from transfuse.models.encoder import Encoder
+from transfuse.models.encoder_heads import MaskedLM, SequenceClassifier, SpanClassifier, TokenClassifier
+from transfuse.models.families import Family, Rows, find_family, native
+from transfuse.models.gguf import LlamaGgufSource
+from transfuse.models.locate import locate_model, locate_tokenizer
+from transfuse.models.seq2seq import Seq2Seq
+from transfuse.models.tokenizer import Tokenizer
+from transfuse.models.tokenizer_files import read_tokenizer
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CLASSES: dict[str, Any] = {
+    "encoder": Encoder,
+    "causal-lm": Decoder,
+    "seq2seq-lm": Seq2Seq,
+    "masked-lm": MaskedLM,
+    "sequence-classification": SequenceClassifier,
+    "token-classification": TokenClassifier,
+    "question-answering": SpanClassifier,
+}
+
+
+def from_pretrained(
+    path_or_id: str | os.PathLike[str],
+    task: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> TransformerModel:
+    """A model with the weights of a checkpoint, in evaluation mode.
+
+    Args:
+        path_or_id: a folder with ``config.json`` and safetensors weights, a ``.gguf`` file (Llama), a short name
+            ("minilm", "smollm2": fetched once, see ``transfuse.weights``), or a model id of the Hugging Face hub, whose
+            cache is used first.
+        task: which head; by default the one that ``architectures`` in config.json names. BERT has "encoder",
+            "masked-lm", "sequence-classification", "token-classification", "question-answering"; Llama "causal-lm".
+        dtype: of the parameters; by default the checkpoint's own, fp32 for a GGUF file.
+        device: where the parameters go; by default torch's default device.
+        revision: branch, tag or commit, for hub ids.
+
+    Returns:
+        An Encoder, a Decoder or an encoder with the head of the task.
+
+    Raises:
+        CheckpointError: files are missing, damaged or unsafe, or their tensors do not fit the model: one message lists
+            all that are missing, unexpected or of another shape.
+        ConfigError: config.json is damaged, impossible, or of an unknown family.
+        ArgumentError: the family has no such task.
+
+    Example:
+        >>> import tempfile, transfuse
+        >>> config = transfuse.TransformerConfig("decoder", vocab_size=11, hidden_size=8, num_layers=1, num_heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     transfuse.Decoder(config).save_pretrained(folder)
+        ...     transfuse.from_pretrained(folder).config == config
+        True
+    """
+    if dtype is not None and dtype not in _DTYPES.values():
+        raise DtypeError(f"from_pretrained: dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
+    path = locate_model(path_or_id, revision)
+    values, source = _open(path)
+    family = find_family(values.get("model_type"))
+    if task is None:
+        task = family.task_of(values.get("architectures"))
+    elif task not in family.tasks:
+        raise ArgumentError(f"from_pretrained: {family.name} has no task {task!r}; it has {', '.join(family.tasks)}")
+    config = family.read_config(values, task)
+    if task == "encoder" and config.pooler and not any("pooler." in name for name in source.entries):
+        config = dataclasses.replace(config, pooler=False)  # the checkpoint was saved from a task that has none
+    model = _build(task, config, _labels(values), dtype or _stored_dtype(values, source))
+    plan = _plan(family, task, model, source)
+    model.to_empty(device=torch.get_default_device() if device is None else device)
+    _fill(model, plan, source)
+    return model.eval()
+
+
+def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint: the same places as ``from_pretrained``.
+
+    ``tokenizer.json`` is read where there is one, else ``vocab.txt`` (WordPiece) or ``vocab.json`` with ``merges.txt``
+    (byte-level BPE), else what a ``.gguf`` file holds.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it is damaged or of an unknown kind.
+    """
+    return read_tokenizer(locate_tokenizer(path_or_id, revision))
+
+
+def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> None:
+    """Write ``config.json`` and ``model.safetensors``; transformers reads both for the families it shares.
+
+    A model of no such family is written in transfuse's own form, which ``from_pretrained`` reads. Each file is written
+    beside its final name and then renamed, so a crash leaves the old file or the new one, never half of one.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    task = _task_of(model)
+    family, values = _written_config(model.config, task)
+    state = model.state_dict()
+    table = native.table_of(model, task) if family is native.FAMILY else family.table(model.config, task)
+    tensors = {theirs: state[rows.name][rows.start : rows.stop] for theirs, rows in table.items()}
+    if not model.config.tie_embeddings:
+        tensors |= {copy: tensors[name].clone() for copy, name in family.copies(model.config, task).items()}
+    if task == "encoder":  # a bare backbone carries no prefix
+        tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
+    values |= {"architectures": [family.tasks[task]], "torch_dtype": str(model.dtype).removeprefix("torch.")}
+    if isinstance(model, SequenceClassifier | TokenClassifier):
+        names = [f"LABEL_{i}" for i in range(model.classifier.out_features)]
+        values["id2label"] = {str(i): name for i, name in enumerate(names)}
+        values["label2id"] = {name: i for i, name in enumerate(names)}
+    _write(Path(folder), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, values)
+
+
+def _open(path: Path) -> tuple[dict[str, Any], TensorSource]:
+    """config.json's values and the tensors, from a folder or a GGUF file."""
+    if path.is_file():
+        gguf = LlamaGgufSource(path)
+        return gguf.config, gguf
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path}: no config.json; pass the folder that holds it beside the weights")
+    values = read_json(path / "config.json", ConfigError)
+    generation = path / "generation_config.json"
+    if generation.is_file() and (eos := read_json(generation, ConfigError).get("eos_token_id")) is not None:
+        values["eos_token_id"] = eos  # chat models list here what ends a turn
+    return values, open_safetensors(path)
+
+
+def _labels(values: Mapping[str, Any]) -> int:
+    """How many classes a classification head has; transformers writes their names, or their number."""
+    names = values.get("id2label")
+    count = len(names) if isinstance(names, dict) and names else values.get("num_labels", 2)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1 << 24:
+        raise ConfigError(f"config.json: num_labels must be a number of classes, got {count!r}")
+    return count
+
+
+def _stored_dtype(values: Mapping[str, Any], source: TensorSource) -> torch.dtype:
+    """What the checkpoint says it is, else what most of its numbers are, else fp32 (quantised files)."""
+    said = values.get("dtype", values.get("torch_dtype"))
+    if isinstance(said, str) and said.removeprefix("torch.") in _DTYPES:
+        return _DTYPES[said.removeprefix("torch.")]
+    counts = dict.fromkeys(FLOAT_DTYPES.values(), 0)
+    if isinstance(source, SafetensorsSource):
+        for info in source.entries.values():
+            if info.dtype in FLOAT_DTYPES:
+                counts[FLOAT_DTYPES[info.dtype]] += math.prod(info.shape)
+    return max(counts, key=lambda dtype: counts[dtype]) if any(counts.values()) else torch.float32
+
+
+def _build(task: str, config: TransformerConfig, labels: int, dtype: torch.dtype) -> TransformerModel:
+    """The model of a task, on the meta device."""
+    if task in ("sequence-classification", "token-classification"):
+        return _CLASSES[task](config, labels, device="meta", dtype=dtype)
+    return _CLASSES[task](config, device="meta", dtype=dtype)
+
+
+def _task_of(model: TransformerModel) -> str:
+    for task, kind in _CLASSES.items():
+        if type(model) is kind:
+            return task
+    raise ArgumentError(f"save_pretrained: expected a model of transfuse.models, got {type(model).__name__}")
+
+
+def _written_config(config: TransformerConfig, task: str) -> tuple[Family, dict[str, Any]]:
+    """The family that a model is written as, and config.json's values: its own where that says all there is to say."""
+    family = find_family(config.family)
+    if task in family.tasks:
+        values = family.write_config(config)
+        read_back = dataclasses.replace(family.read_config(values, task), pooler=config.pooler)
+        if read_back == config:
+            return family, values
+    return native.FAMILY, native.FAMILY.write_config(config)
+
+
+def _plan(family: Family, task: str, model: TransformerModel, source: TensorSource) -> dict[str, Rows]:
+    """Name as stored -> where it goes, once every tensor's name, shape and dtype was found to fit.
+
+    Raises:
+        CheckpointError: some do not; the message lists them all.
+    """
+    parameters = dict(model.named_parameters())
+    table = native.table_of(model, task) if family is native.FAMILY else family.table(model.config, task)
+    copies = family.copies(model.config, task)
+    stored = family.canonical(list(source.entries), table)
+    plan: dict[str, Rows] = {}
+    missing, misfits = [], []
+    for name, rows in table.items():
+        found = next((n for n in (name, *(c for c, of in copies.items() if of == name)) if n in stored), None)
+        if found is None:
+            missing.append(name)
+            continue
+        info, expected = source.entries[stored[found]], tuple(parameters[rows.name][rows.start : rows.stop].shape)
+        if info.shape != expected:
+            misfits.append(f"{name}: file {info.shape}, model {expected}")
+        elif info.dtype not in source.readable:
+            misfits.append(f"{name}: dtype {info.dtype}, expected one of {', '.join(source.readable)}")
+        plan[stored[found]] = rows
+    # Another task's head, or what only another task reads, may lie in the file; anything else unknown may not.
+    passed_over = tuple(head for head in family.heads if not any(name.startswith(head) for name in table))
+    unexpected = [
+        original
+        for name, original in stored.items()
+        if not (name in table or name in copies or name.startswith(passed_over))
+        and not any(part in name for part in family.unused)
+    ]
+    groups = ((missing, "missing"), (unexpected, "unexpected"), (misfits, "that do not fit"))
+    if problems := [f"{len(names)} {kind} ({some(names)})" for names, kind in groups if names]:
+        raise CheckpointError(
+            f"{source.path}: its tensors are not those of config.json ({family.name}, {task}): {'; '.join(problems)}"
+        )
+    if model.config.tie_embeddings:
+        _check_tied(source, stored, copies)
+    return plan
+
+
+def _check_tied(source: TensorSource, stored: Mapping[str, str], copies: Mapping[str, str]) -> None:
+    """Tensors that the configuration calls one must be one, else half of what was trained would be dropped."""
+    for copy, name in copies.items():
+        if copy in stored and name in stored and not torch.equal(source.read(stored[copy]), source.read(stored[name])):
+            raise CheckpointError(
+                f"{source.path}: config.json ties {copy} to {name}, but they differ; set tie_word_embeddings to false "
+                "if the checkpoint is not tied"
+            )
+
+
+@torch.no_grad()
+def _fill(model: TransformerModel, plan: Mapping[str, Rows], source: TensorSource) -> None:
+    """Copy every tensor into its rows. It is a copy also where dtypes agree: what was read may map the file."""
+    parameters = dict(model.named_parameters())
+    for stored, rows in plan.items():
+        parameters[rows.name][rows.start : rows.stop].copy_(source.read(stored))
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            new = Path(scratch)
+            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+            (new / "config.json").write_text(text, encoding="utf-8")
+            for name in (WEIGHTS, "config.json"):
+                (new / name).replace(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot write the model: {error}") from error
