@@ -154,12 +154,15 @@ def run_cmake(nvcc: Path, build_folder: Path, output: Path) -> None:
     if not stamp.is_file() or stamp.read_text() != "\n".join(configure):
         shutil.rmtree(build_folder)
         build_folder.mkdir()
+    # NVIDIA's pip packages keep libcudart_static.a in lib, where their nvcc (it looks in lib64) does not find it.
+    libraries = [str(nvcc.resolve().parent.parent / "lib"), os.environ.get("LIBRARY_PATH", "")]
+    environment = {**os.environ, "LIBRARY_PATH": os.pathsep.join(filter(None, libraries))}
     log = build_folder / "build.log"
     with log.open("w") as stream:
         for command in (configure, [tool("cmake"), "--build", str(build_folder), "--parallel", str(jobs())]):
             stream.write(f"$ {shlex.join(command)}\n")
             stream.flush()
-            if subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode != 0:
+            if subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode != 0:
                 raise BuildError(f"`{shlex.join(command[:2])} ...` failed", log)
             stamp.write_text("\n".join(configure))
     built = sorted((build_folder / "out").glob("_C*.so"))
