@@ -14,9 +14,17 @@ from pathlib import Path
 from transfuse import weights
 from transfuse.errors import CheckpointError
 from transfuse.models.checkpoint import INDEX, PICKLE_REMEDY, PICKLE_SUFFIXES, WEIGHTS, read_json
-from transfuse.models.tokenizer_files import TOKENIZER_FILES
 
 SHORT_NAMES = ("minilm", "smollm2")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
 _MODEL_FILES = ("config.json", "generation_config.json", INDEX, WEIGHTS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

@@ -37,10 +37,11 @@ from transfuse.models.encoder import Encoder
 from transfuse.models.encoder_heads import MaskedLM, SequenceClassifier, SpanClassifier, TokenClassifier
 from transfuse.models.families import Family, Rows, find_family, native
 from transfuse.models.gguf import LlamaGgufSource
-from transfuse.models.locate import locate_model, locate_tokenizer
+from transfuse.models.locate import locate_model
 from transfuse.models.seq2seq import Seq2Seq
-from transfuse.models.tokenizer import Tokenizer
-from transfuse.models.tokenizer_files import read_tokenizer
+from transfuse.models.tokenizer_files import load_tokenizer
+
+__all__ = ["from_pretrained", "load_tokenizer", "save_pretrained"]
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CLASSES: dict[str, Any] = {
@@ -108,18 +109,6 @@ def from_pretrained(
     model.to_empty(device=torch.get_default_device() if device is None else device)
     _fill(model, plan, source)
     return model.eval()
-
-
-def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint: the same places as ``from_pretrained``.
-
-    ``tokenizer.json`` is read where there is one, else ``vocab.txt`` (WordPiece) or ``vocab.json`` with ``merges.txt``
-    (byte-level BPE), else what a ``.gguf`` file holds.
-
-    Raises:
-        CheckpointError: there is no tokenizer, or it is damaged or of an unknown kind.
-    """
-    return read_tokenizer(locate_tokenizer(path_or_id, revision))
 
 
 def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> None:

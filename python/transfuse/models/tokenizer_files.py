@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,9 @@ from tokenizers import Tokenizer as Backend
 from transfuse.errors import CheckpointError
 from transfuse.models.checkpoint import read_json
 from transfuse.models.gguf import GgufFile
+from transfuse.models.locate import locate_tokenizer
 from transfuse.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerSettings
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
 # Names that checkpoints without a special_tokens_map use.
 _USUAL = {
     "pad": ("[PAD]", "<pad>"),
@@ -47,6 +40,25 @@ _GGUF_SPLITS = {
 }
 
 
+def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint: the same places as ``from_pretrained``.
+
+    ``tokenizer.json`` is read where there is one, else ``vocab.txt`` (WordPiece) or ``vocab.json`` with ``merges.txt``
+    (byte-level BPE), else what a ``.gguf`` file holds.
+
+    Raises:
+        CheckpointError: there is no tokenizer, or it is damaged or of an unknown kind.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = (pathlib.Path(folder) / "vocab.txt").write_text("[UNK]\\n[CLS]\\n[SEP]\\nhello\\n")
+        ...     load_tokenizer(folder).encode("Hello there")
+        [1, 3, 0, 2]
+    """
+    return read_tokenizer(locate_tokenizer(path_or_id, revision))
+
+
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, or the one inside a ``.gguf`` file.
 
@@ -62,7 +74,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except CheckpointError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception for every kind of damaged file
-        raise CheckpointError(f"{path}: cannot read the tokenizer: {str(error)[:200]}") from error
+        raise CheckpointError(f"{path}: cannot read the tokenizer: {_short(error)}") from error
     special = _special_tokens(backend, {**config, **special_map})
     return Tokenizer(backend, _settings(path, config, special, _has_token_types(backend, config, special)))
 
@@ -154,7 +166,7 @@ def _from_gguf(path: Path) -> Tokenizer:
     except CheckpointError:
         raise
     except Exception as error:  # bare Exception again: a merge names a piece that is not in the vocabulary
-        raise CheckpointError(f"{path}: the tokenizer's merges do not fit its tokens: {str(error)[:200]}") from error
+        raise CheckpointError(f"{path}: the tokenizer's merges do not fit its tokens: {_short(error)}") from error
     single_digits, pattern = _GGUF_SPLITS[split]
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
@@ -222,6 +234,10 @@ def _settings(folder: Path, config: dict[str, Any], special: dict[str, str], tok
         max_length=longest if isinstance(longest, int) and 0 < longest < 1 << 31 else None,
         token_types=token_types,
     )
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _optional_json(file: Path) -> dict[str, Any]:
