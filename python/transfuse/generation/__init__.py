@@ -3,12 +3,13 @@
 A model is anything with
 
 * ``config`` (or not): ``vocab_size``, ``max_positions``, ``eos_token_id``, ``is_encoder_decoder``, ... count;
-* ``new_cache(batch, max_length)``: a key/value cache for that many rows and positions;
-* ``model(input_ids, attention_mask=, position_ids=, cache=)`` for a decoder. ``attention_mask`` covers what is in the
-  cache and what comes, (batch, past + new), and is None where nothing is padded, as is ``position_ids``;
-* ``model(input_ids, attention_mask=, decoder_input_ids=, cache=)`` for an encoder-decoder, which runs its encoder only
-  while the cache holds no cross-attention keys;
-* ``.logits`` (batch, new, vocab) in what it returns.
+* ``new_cache(batch, max_length)``: a key/value cache for that many rows and positions. With ``cache.select(rows)``,
+  rows that have ended leave the batch;
+* ``model(input_ids, attention_mask=, position_ids=, cache=, last_logits_only=)`` for a decoder. ``attention_mask``
+  covers what is in the cache and what comes, (batch, past + new); it and ``position_ids`` are None without padding;
+* ``model(input_ids, attention_mask=, decoder_input_ids=, cache=, last_logits_only=)`` for an encoder-decoder, which
+  runs its encoder only while the cache holds nothing of it;
+* ``.logits`` (batch, 1 or new, vocab) in what it returns.
 """
 
 from __future__ import annotations

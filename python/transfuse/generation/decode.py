@@ -31,27 +31,27 @@ def decode(
     model: Any, prompt: Prompt, settings: Settings, ids: Ids, generator: torch.Generator | None
 ) -> Iterator[torch.Tensor]:
     """Yield each step's tokens (rows,), ``ids.pad`` for rows that have ended, until all have or the budget is spent."""
-    rows, length = prompt.tokens.shape
+    length = prompt.tokens.shape[1]
     eos = torch.tensor(ids.eos, dtype=torch.int64, device=prompt.tokens.device)
     chain = compose(settings, eos, length)
-    reader = _Reader(model, prompt, length + settings.max_new_tokens)
+    reader = _Reader(model, prompt, length + settings.max_new_tokens - 1)  # the last new token is never read
+    rows = _Rows(prompt.tokens, ids.pad)
     history = _without_padding(prompt)  # (rows, length so far): what the processors see
     tokens = prompt.tokens
-    alive = torch.ones(rows, dtype=torch.bool, device=tokens.device)
-    for _ in range(settings.max_new_tokens):
+    for step in range(settings.max_new_tokens):
         scores = reader.scores(tokens).float()
         for process in chain:
             scores = process(scores, history)
         tokens = choose(scores, settings.samples, generator)
-        if ids.eos:
-            tokens = torch.where(alive, tokens, ids.pad)
-        yield tokens
-        if ids.eos:
-            alive = alive & ~torch.isin(tokens, eos)
-            if not bool(alive.any()):
-                return
+        yield rows.padded(tokens)
+        if step + 1 == settings.max_new_tokens or (ids.eos and rows.end(torch.isin(tokens, eos))):
+            return
         tokens = tokens[:, None]
         history = torch.cat([history, tokens], 1)
+        kept = rows.worth_keeping()
+        if kept is not None and reader.keep(kept):
+            rows.keep(kept)
+            tokens, history = tokens[kept], history[kept]
 
 
 def choose(scores: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.Tensor:
@@ -61,6 +61,38 @@ def choose(scores: torch.Tensor, sample: bool, generator: torch.Generator | None
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
+class _Rows:
+    """Which rows still run. Ended ones go on as padding until half of the batch has ended, and then leave it."""
+
+    def __init__(self, tokens: torch.Tensor, pad: int) -> None:
+        self._padding = torch.full_like(tokens[:, 0], pad)  # (all rows,)
+        self._running = torch.ones_like(tokens[:, 0], dtype=torch.bool)  # (rows in the batch,)
+        self._numbers: torch.Tensor | None = None  # (rows in the batch,) which row each is; None: all are there
+        self._count = tokens.shape[0]
+
+    def padded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The step's tokens (rows in the batch,) as (all rows,), with padding in those that have ended."""
+        if self._numbers is None:
+            return torch.where(self._running, tokens, self._padding)
+        tokens = torch.where(self._running, tokens, self._padding[: tokens.shape[0]])
+        return self._padding.index_copy(0, self._numbers, tokens)
+
+    def end(self, ended: torch.Tensor) -> bool:
+        """Note the rows that end with this step; True if none is left."""
+        self._running = self._running & ~ended
+        self._count = int(self._running.sum())
+        return self._count == 0
+
+    def worth_keeping(self) -> torch.Tensor | None:
+        """The rows to go on with, if dropping the others is worth a copy of the cache."""
+        return None if 2 * self._count > self._running.shape[0] else self._running.nonzero()[:, 0]
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Drop the others."""
+        self._numbers = kept if self._numbers is None else self._numbers[kept]
+        self._running = self._running[kept]
+
+
 class _Reader:
     """Feeds tokens to the model, each once, and gives the scores of what follows them."""
 
@@ -68,13 +100,17 @@ class _Reader:
         self._model = model
         self._source, self._source_mask = prompt.source, prompt.source_mask
         self._mask = prompt.mask
-        self._cache = model.new_cache(prompt.tokens.shape[0], length - 1)  # the last token is never read
+        self._cache = model.new_cache(prompt.tokens.shape[0], length)
 
     def scores(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens: (rows, n), those not read before -> (rows, vocab)."""
         if self._source is not None:
             out = self._model(
-                self._source, attention_mask=self._source_mask, decoder_input_ids=tokens, cache=self._cache
+                self._source,
+                attention_mask=self._source_mask,
+                decoder_input_ids=tokens,
+                cache=self._cache,
+                last_logits_only=True,
             )
             return out.logits[:, -1]
         mask, positions = self._mask, None
@@ -82,8 +118,18 @@ class _Reader:
             # Padding on the left takes no positions: a row means the same in a batch and alone.
             positions = (mask.cumsum(1) - 1).clamp_min_(0)[:, -tokens.shape[1] :]
             self._mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-        out = self._model(tokens, attention_mask=mask, position_ids=positions, cache=self._cache)
+        out = self._model(tokens, attention_mask=mask, position_ids=positions, cache=self._cache, last_logits_only=True)
         return out.logits[:, -1]
+
+    def keep(self, rows: torch.Tensor) -> bool:
+        """Go on with these rows alone; False if the model's cache cannot."""
+        if not hasattr(self._cache, "select"):
+            return False
+        self._cache.select(rows)
+        self._mask, self._source, self._source_mask = (
+            None if t is None else t[rows] for t in (self._mask, self._source, self._source_mask)
+        )
+        return True
 
 
 def _without_padding(prompt: Prompt) -> torch.Tensor:
