@@ -41,9 +41,10 @@ def shape(op: str, name: str, x: torch.Tensor, expected: Sequence[int]) -> None:
 def broadcasts(op: str, name: str, x: torch.Tensor, target: Sequence[int]) -> None:
     """x must broadcast to the target shape without enlarging it."""
     target = tuple(target)
-    fits = x.dim() <= len(target) and all(
-        n == 1 or n == m for n, m in zip(reversed(x.shape), reversed(target), strict=False)
-    )
+    fits = x.dim() <= len(target)
+    if fits:
+        for i in range(1, x.dim() + 1):  # a loop: older Dynamos do not trace all(generator)
+            fits = fits and (x.shape[-i] == 1 or x.shape[-i] == target[-i])
     if not fits:
         raise ArgumentError(f"{op}: {name} must broadcast to shape {target}, got {tuple(x.shape)}")
 
