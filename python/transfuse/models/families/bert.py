@@ -117,7 +117,7 @@ def _copies(config: TransformerConfig, task: str) -> dict[str, str]:
 FAMILY = Family(
     name="bert",
     prefix="bert.",
-    heads=("cls.", "classifier.", "qa_outputs."),
+    heads=("cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs."),
     tasks={
         "encoder": "BertModel",
         "masked-lm": "BertForMaskedLM",
