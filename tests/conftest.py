@@ -10,7 +10,8 @@ import torch
 from transfuse import _extension
 from transfuse.backends import _process, why_not
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# One thread a process where several share the cores: more would wait for one another.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def device_of(backend: str) -> torch.device:
