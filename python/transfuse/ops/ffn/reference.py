@@ -5,7 +5,7 @@
 
 with act one of
 
-    relu       max(z, 0)
+    relu       max(z, 0), with gradient 0 at 0
     gelu       z * Phi(z), Phi the standard normal distribution function (Hendrycks and Gimpel, arXiv 1606.08415)
     gelu_tanh  0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))), its approximation in the same paper
     silu       z * sigmoid(z)
@@ -23,7 +23,7 @@ import torch
 def activate(z: torch.Tensor, activation: str) -> torch.Tensor:
     """The activation of every element of z."""
     if activation == "relu":
-        return z.clamp_min(0.0)
+        return torch.where(z > 0.0, z, 0.0)
     if activation == "gelu":
         return 0.5 * z * (1.0 + torch.erf(z / math.sqrt(2.0)))
     if activation == "gelu_tanh":
