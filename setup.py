@@ -163,7 +163,11 @@ def run_cmake(nvcc: Path, build_folder: Path, output: Path) -> None:
             stream.write(f"$ {shlex.join(command)}\n")
             stream.flush()
             if subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode != 0:
-                raise BuildError(f"`{shlex.join(command[:2])} ...` failed", log)
+                details = build_folder / "CMakeFiles/CMakeConfigureLog.yaml"  # what the compiler said to CMake's probes
+                if command is configure and details.is_file():
+                    stream.write(details.read_text(errors="replace"))
+                step = "configuring" if command is configure else "compiling"
+                raise BuildError(f"{step} the extension failed", log)
             stamp.write_text("\n".join(configure))
     built = sorted((build_folder / "out").glob("_C*.so"))
     shutil.copy2(built[0], output)
@@ -182,6 +186,15 @@ def write_record(package: Path, record: dict[str, Any]) -> None:
     (package / "_build_info.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
+def first_complaint(log: str) -> str:
+    """The first error in a log and the lines after it, as one line of some 300 characters."""
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("$ ")]
+    for i, line in enumerate(lines):
+        if re.search(r"\berror\b|\bfatal\b|not found", line, re.IGNORECASE):
+            return " ".join(lines[i : i + 6])[:300]
+    return " ".join(lines[-3:])[:300]
+
+
 def failure_record(error: BuildError, nvcc: Path) -> dict[str, Any]:
     """The record of a failed build; its log is moved to where it outlives pip's temporary folders."""
     reason = f"the CUDA build with {nvcc} failed: {error}"
@@ -190,12 +203,9 @@ def failure_record(error: BuildError, nvcc: Path) -> dict[str, Any]:
     text = error.log.read_text(errors="replace")
     with tempfile.NamedTemporaryFile("w", prefix="transfuse-build-", suffix=".log", delete=False) as kept:
         kept.write(text)
-    complaints = [
-        line for line in text.splitlines() if re.search(r"\berror\b|fatal|FAILED|not found", line, re.IGNORECASE)
-    ]
     return {
         "cuda": "failed",
-        "reason": f"{reason}: {' | '.join(complaints[:2])[:400]}" if complaints else reason,
+        "reason": f"{reason}: {first_complaint(text)}",
         "remedy": f"see {kept.name}, or reinstall with TRANSFUSE_CUDA=require to be shown the whole output",
         "log": kept.name,
         "log_tail": text.splitlines()[-20:],
@@ -253,7 +263,8 @@ class BuildExtension(build_ext):
         write_record(package, record)
 
 
-setup(
-    cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
-    ext_modules=[Extension("transfuse._C", sources=[])] if NVCC else [],
-)
+if __name__ == "__main__":  # the tests read the functions above
+    setup(
+        cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
+        ext_modules=[Extension("transfuse._C", sources=[])] if NVCC else [],
+    )
