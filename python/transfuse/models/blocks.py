@@ -104,17 +104,17 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x: (batch, length, hidden_size); stream: what x is still to be added to, or None. Returns such a pair."""
         if self.pre:
-            x, stream = _norm(self.attention_norm, x, stream)
+            x, stream = add_norm(self.attention_norm, x, stream)
             x = self._self_attention(x, inputs, cache)
             if self.cross_attention_norm is not None:
-                x, stream = _norm(self.cross_attention_norm, x, stream)
+                x, stream = add_norm(self.cross_attention_norm, x, stream)
                 x = self._cross_attention(x, inputs, cache)
-            x, stream = _norm(self.feed_forward_norm, x, stream)
+            x, stream = add_norm(self.feed_forward_norm, x, stream)
             return self._drop(self.feed_forward(x)), stream
-        x, _ = self.attention_norm(self._self_attention(x, inputs, cache), residual=x)
+        x, _ = add_norm(self.attention_norm, self._self_attention(x, inputs, cache), x)
         if self.cross_attention_norm is not None:
-            x, _ = self.cross_attention_norm(self._cross_attention(x, inputs, cache), residual=x)
-        x, _ = self.feed_forward_norm(self._drop(self.feed_forward(x)), residual=x)
+            x, _ = add_norm(self.cross_attention_norm, self._cross_attention(x, inputs, cache), x)
+        x, _ = add_norm(self.feed_forward_norm, self._drop(self.feed_forward(x)), x)
         return x, None
 
     def _self_attention(self, x: torch.Tensor, inputs: BlockInputs, cache: LayerKeyValues | None) -> torch.Tensor:
@@ -147,10 +147,12 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
-def _norm(norm: LayerNorm | RMSNorm, x: torch.Tensor, stream: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(norm: LayerNorm | RMSNorm, x: torch.Tensor, stream: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + stream), x + stream); without a stream x is the stream."""
     if stream is None:
         return norm(x), x
+    if x.dtype != stream.dtype:  # under autocast sublayers give low precision and the stream is fp32
+        x = x.to(stream.dtype)
     return norm(x, residual=stream)
 
 

@@ -47,6 +47,13 @@ _MAXIMA = {
     "relative_max_distance": 2**31,
     "window": 2**31,
 }
+# What an encoder_decoder's decoder may have of its own, and what it has otherwise.
+_DECODER_TWINS = {
+    "num_decoder_layers": "num_layers",
+    "num_decoder_heads": "num_heads",
+    "decoder_intermediate_size": "intermediate_size",
+    "decoder_vocab_size": "vocab_size",
+}
 MAX_PARAMETERS = 2 * 10**12
 
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
@@ -62,6 +69,9 @@ _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
 @dataclass(frozen=True)
 class TransformerConfig:
     """One transformer, described completely. Values are checked here; 0 means "derive it" where the comment says so.
+
+    Derived values are stored: ``dataclasses.replace(config, hidden_size=...)`` keeps head_dim and intermediate_size
+    unless it sets them to 0 too.
 
     Raises:
         ConfigError: a value has a wrong type, is out of range, or does not fit another one.
@@ -258,11 +268,12 @@ class TransformerConfig:
         fill("num_kv_heads", self.num_heads)
         fill("head_dim", self.hidden_size // self.num_heads)
         fill("intermediate_size", 4 * self.hidden_size)
-        fill("num_decoder_layers", self.num_layers)
-        fill("num_decoder_heads", self.num_heads)
-        fill("decoder_intermediate_size", self.intermediate_size)
-        fill("decoder_vocab_size", self.vocab_size)
         fill("rotary_dim", self.head_dim)
+        for name, twin in _DECODER_TWINS.items():
+            if self.is_encoder_decoder:
+                fill(name, getattr(self, twin))
+            else:  # one stack: dataclasses.replace(config, num_layers=...) must not leave an old copy behind
+                object.__setattr__(self, name, getattr(self, twin))
 
     def _check_ranges(self) -> None:
         zero_is_fine = ("position_offset", "type_vocab_size")
@@ -312,30 +323,15 @@ class TransformerConfig:
             raise ConfigError("config: layer_pattern has local layers, which need window; give its number of keys")
         if self.pooler and self.architecture != "encoder":
             raise ConfigError(f"config: pooler belongs to an encoder, got architecture {self.architecture!r}")
-        self._check_decoder_fields()
+        if self.is_encoder_decoder and self.share_embeddings and self.decoder_vocab_size != self.vocab_size:
+            raise ConfigError(
+                f"config: share_embeddings needs one vocabulary, got vocab_size {self.vocab_size} and "
+                f"decoder_vocab_size {self.decoder_vocab_size}; set share_embeddings=False"
+            )
         if self.num_parameters() > MAX_PARAMETERS:
             raise ConfigError(
                 f"config: these sizes make {self.num_parameters():.3g} parameters, the limit is {MAX_PARAMETERS:.3g}; "
                 "check vocab_size, hidden_size, intermediate_size, max_positions and the number of layers"
-            )
-
-    def _check_decoder_fields(self) -> None:
-        pairs = {
-            "num_decoder_layers": "num_layers",
-            "num_decoder_heads": "num_heads",
-            "decoder_intermediate_size": "intermediate_size",
-            "decoder_vocab_size": "vocab_size",
-        }
-        if not self.is_encoder_decoder:
-            for name, twin in pairs.items():
-                if getattr(self, name) != getattr(self, twin):
-                    raise ConfigError(
-                        f"config: {name} belongs to an encoder_decoder; in a {self.architecture} set {twin} instead"
-                    )
-        elif self.share_embeddings and self.decoder_vocab_size != self.vocab_size:
-            raise ConfigError(
-                f"config: share_embeddings needs one vocabulary, got vocab_size {self.vocab_size} and "
-                f"decoder_vocab_size {self.decoder_vocab_size}; set share_embeddings=False"
             )
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from transfuse.errors import ArgumentError, DtypeError
 from transfuse.models.base import TransformerModel
-from transfuse.models.blocks import Block, BlockInputs, make_norm
+from transfuse.models.blocks import Block, BlockInputs, add_norm, make_norm
 from transfuse.models.cache import KVCache
 from transfuse.models.config import TransformerConfig
 from transfuse.models.embeddings import Embeddings
@@ -88,10 +88,8 @@ class Stack(TransformerModel):
             x, stream = layer(x, stream, inputs, None if cache is None else cache.layers[i])
         if self.final_norm is None:
             x = x if stream is None else x + stream
-        elif stream is None:
-            x = self.final_norm(x)
         else:
-            x, _ = self.final_norm(x, residual=stream)
+            x, _ = add_norm(self.final_norm, x, stream)
         return x, (*states, x) if output_hidden_states else None
 
     def _positions(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from transfuse.errors import ArgumentError
@@ -126,6 +127,8 @@ class Attention(nn.Module):
         elif self.causal:
             causal = True if q_len == k_len else "lower_right"
         out, weights = self._attend(q, k, v, causal, mask, bias, window, return_weights)
+        if weights is not None and weights.shape[-1] < k_len:  # keys before the window have no weight
+            weights = F.pad(weights, (k_len - weights.shape[-1], 0))
         return self.out(out.transpose(1, 2).flatten(2)), weights
 
     def _attend(
