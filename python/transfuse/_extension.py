@@ -131,9 +131,10 @@ def _why_absent() -> str:
     build = _build_record()
     if not build:
         return "this source tree was not built: run `pip install -e .` where there is a CUDA compiler"
-    if build["cuda"] == "built":
+    if build.get("cuda") == "built":
         return f"the extension was built but its file is gone: {_REBUILD}"
-    return f"installed without the CUDA extension: {build['reason']}; {build['remedy']}"
+    reason, remedy = build.get("reason", "no reason was written down"), build.get("remedy", _REBUILD)
+    return f"installed without the CUDA extension: {reason}; {remedy}"
 
 
 def _build_record() -> dict[str, Any]:
