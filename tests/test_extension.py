@@ -88,7 +88,7 @@ def test_a_file_that_went_missing(package: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"cuda": "not built"}'])
 def test_a_damaged_record_is_no_crash(package: Path, text: str) -> None:
     (package / "_build_info.json").write_text(text)
-    assert "built" in reason_of(package)
+    assert re.search("not built|without the CUDA extension", reason_of(package))
 
 
 def test_a_corrupt_file(package: Path) -> None:
