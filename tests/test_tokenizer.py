@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -316,3 +317,43 @@ def test_gguf_tokenizer_that_cannot_be_read(tmp_path: Path, change: dict[str, ob
     write_gguf_tokenizer(tmp_path / "m.gguf", **change)  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=expected):
         load_tokenizer(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("prefix", [True, False], ids=["space-prefix", "no-prefix"])
+def test_sentencepiece_bpe_inside_gguf(tmp_path: Path, prefix: bool) -> None:
+    """Llama 2's kind of tokenizer, against SentencePiece itself on a model trained here."""
+    spm, gguf = pytest.importorskip("sentencepiece"), pytest.importorskip("gguf")
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 20),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=prefix,
+        minloglevel=2,
+    )
+    theirs = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    ids = range(theirs.vocab_size())
+    writer.add_token_list([theirs.id_to_piece(i) for i in ids])
+    writer.add_token_scores([theirs.get_score(i) for i in ids])
+    types = [2 if theirs.is_unknown(i) else 3 if theirs.is_control(i) else 6 if theirs.is_byte(i) else 1 for i in ids]
+    writer.add_token_types(types)
+    writer.add_bos_token_id(theirs.bos_id())
+    writer.add_eos_token_id(theirs.eos_id())
+    writer.add_add_space_prefix(prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours = load_tokenizer(tmp_path / "m.gguf")
+    for text in [*TEXT, "unseen zebra 98765", "🙂 quick", "a", "  two spaces", "ё"]:
+        assert ours.encode(text, add_special_tokens=False) == theirs.encode(text)
+        assert ours.encode(text) == [theirs.bos_id(), *theirs.encode(text)]
+        assert ours.decode(ours.encode(text)) == text
+        stream = ours.stream()
+        assert "".join(stream.put(i) for i in ours.encode(text)) + stream.end() == text

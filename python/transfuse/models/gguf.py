@@ -186,7 +186,9 @@ class GgufFile:
             values = gguf.quants.dequantize(raw.reshape(*stored.shape[:-1], -1), kind)
         except NotImplementedError as error:
             raise CheckpointError(f"{self.path}: {name} is stored as {kind.name}, which cannot be read") from error
-        return torch.from_numpy(values.astype(np.float32).reshape(stored.shape))
+        # fp32 is given back as a view of the file: copy it, so that the tensor can be written to
+        copy = values.base is not None
+        return torch.from_numpy(values.astype(np.float32, copy=copy).reshape(stored.shape))
 
 
 def _gguf() -> Any:

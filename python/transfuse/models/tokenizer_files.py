@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from transfuse.errors import CheckpointError
 from transfuse.models.checkpoint import read_json
-from transfuse.models.gguf import GgufFile
+from transfuse.models.gguf_tokenizer import pairs_of, read_gguf_tokenizer
 from transfuse.models.locate import locate_tokenizer
 from transfuse.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerSettings
 
@@ -24,19 +24,6 @@ _USUAL = {
     "mask": ("[MASK]", "<mask>"),
     "bos": ("<s>", "<|endoftext|>"),
     "eos": ("</s>", "<|endoftext|>"),
-}
-_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# llama.cpp's name of a pre-tokenizer -> (single digits first, the split that follows)
-_GGUF_SPLITS = {
-    "default": (False, _GPT2_SPLIT),
-    "gpt-2": (False, _GPT2_SPLIT),
-    "smollm": (True, _GPT2_SPLIT),
-    "llama-bpe": (False, _LLAMA3_SPLIT),
-    "llama3": (False, _LLAMA3_SPLIT),
 }
 
 
@@ -66,7 +53,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         CheckpointError: there is none, it is damaged, or it is of a kind that cannot be read.
     """
     if path.is_file() and path.suffix == ".gguf":
-        return _from_gguf(path)
+        return read_gguf_tokenizer(path)
     config = _optional_json(path / "tokenizer_config.json")
     special_map = _optional_json(path / "special_tokens_map.json")
     try:
@@ -121,7 +108,7 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> Backend:
     """GPT-2's tokenizer; with RoBERTa's <s> ... </s> where the vocabulary is RoBERTa's or BART's."""
     vocab = read_json(folder / "vocab.json")
     lines = [line.rstrip("\r") for line in (folder / "merges.txt").read_text(encoding="utf-8").split("\n")]
-    merges = _pairs(folder / "merges.txt", [line for line in lines if line and not line.startswith("#version")])
+    merges = pairs_of(folder / "merges.txt", [line for line in lines if line and not line.startswith("#version")])
     prefix_space = bool(config.get("add_prefix_space", False))
     backend = Backend(models.BPE(vocab, merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
@@ -136,64 +123,6 @@ def _byte_level_bpe(folder: Path, config: dict[str, Any]) -> Backend:
     else:
         backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return backend
-
-
-def _pairs(path: Path, merges: list[Any]) -> list[tuple[str, str]]:
-    """The two pieces that each merge joins."""
-    pairs = []
-    for merge in merges:
-        pieces = merge.split(" ") if isinstance(merge, str) else ()
-        if len(pieces) != 2:
-            raise CheckpointError(f"{path}: expected a merge of two pieces, got {merge!r}")
-        pairs.append((pieces[0], pieces[1]))
-    return pairs
-
-
-def _from_gguf(path: Path) -> Tokenizer:
-    """The byte-level BPE tokenizer in a GGUF file's metadata, with its chat template."""
-    meta = GgufFile(path).metadata
-    kind, split = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
-    tokens, merges = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.merges")
-    if kind != "gpt2" or split not in _GGUF_SPLITS:
-        raise CheckpointError(
-            f"{path}: tokenizer {kind!r} with pre-tokenizer {split!r} is not read; known: 'gpt2' with "
-            f"{', '.join(sorted(_GGUF_SPLITS))}; load the original tokenizer.json instead"
-        )
-    if not isinstance(tokens, list) or not isinstance(merges, list) or not all(isinstance(t, str) for t in tokens):
-        raise CheckpointError(f"{path}: the tokenizer's tokens or merges are missing or damaged")
-    try:
-        backend = Backend(models.BPE({token: i for i, token in enumerate(tokens)}, _pairs(path, merges)))
-    except CheckpointError:
-        raise
-    except Exception as error:  # bare Exception again: a merge names a piece that is not in the vocabulary
-        raise CheckpointError(f"{path}: the tokenizer's merges do not fit its tokens: {_short(error)}") from error
-    single_digits, pattern = _GGUF_SPLITS[split]
-    steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if single_digits else []
-    steps += [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    backend.decoder = decoders.ByteLevel()
-    types = meta.get("tokenizer.ggml.token_type") or []
-    control = [token for token, kind_of in zip(tokens, types, strict=False) if kind_of == 3]
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
-    special = {
-        role: tokens[i]
-        for role, key in {**{role: role for role in SPECIAL_TOKENS}, "pad": "padding", "unk": "unknown"}.items()
-        if isinstance(i := meta.get(f"tokenizer.ggml.{key}_token_id"), int) and 0 <= i < len(tokens)
-    }
-    if meta.get("tokenizer.ggml.add_bos_token") is True and "bos" in special:
-        bos = special["bos"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, tokens.index(bos))]
-        )
-    template = meta.get("tokenizer.chat_template")
-    return Tokenizer(
-        backend,
-        TokenizerSettings(
-            special,
-            chat_template=template if isinstance(template, str) else None,
-            max_length=meta.get("llama.context_length"),
-        ),
-    )
 
 
 def _special_tokens(backend: Backend, config: dict[str, Any]) -> dict[str, str]:
