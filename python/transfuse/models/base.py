@@ -85,6 +85,16 @@ class TransformerModel(nn.Module):
             if isinstance(stack, nn.ModuleList):
                 _scale_additions([b for b in stack if isinstance(b, Block) and b.pre])
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, see :mod:`transfuse.models.pretrained`.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        from transfuse.models.pretrained import save_pretrained
+
+        save_pretrained(self, folder)
+
     def _materialise(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Gives the parameters memory on ``device`` and first values; on the meta device it does nothing."""
         where = torch.get_default_device() if device is None else torch.device(device)
