@@ -133,9 +133,15 @@ def test_bert_masked_lm(tmp_path: Path, tied: bool) -> None:
 )
 @torch.no_grad()
 def test_bert_classification_heads(tmp_path: Path, kind: str, labels: int) -> None:
-    theirs = hf_bert(kind, num_labels=labels)
+    names = {i: f"class {i}" for i in range(labels)}
+    theirs = hf_bert(kind, id2label=names, label2id={name: i for i, name in names.items()})
     theirs.save_pretrained(tmp_path)
     ours = from_pretrained(tmp_path)
+    if kind != "BertForQuestionAnswering":
+        assert ours.labels == tuple(names.values())
+        save_pretrained(ours, tmp_path / "again")
+        assert from_pretrained(tmp_path / "again").labels == ours.labels
+        assert transformers.AutoConfig.from_pretrained(tmp_path / "again").id2label == names
     batch = right_padded(61)
     got, expected = ours(**batch), theirs(**batch)
     if kind == "BertForQuestionAnswering":

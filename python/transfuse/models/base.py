@@ -48,6 +48,7 @@ class TransformerModel(nn.Module):
     """
 
     config: TransformerConfig
+    labels: tuple[str, ...] = ()  # names of a classifier's classes, where a checkpoint gave them
 
     @property
     def device(self) -> torch.device:

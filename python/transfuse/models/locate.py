@@ -118,7 +118,9 @@ def _snapshot(model: str, revision: str | None, files: tuple[str, ...], *, local
     from huggingface_hub import errors, snapshot_download
 
     # The client's own exceptions have no common base; those of its HTTP library are among them as HTTPError.
-    theirs = tuple(kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    theirs: tuple[type[Exception], ...] = tuple(
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    )
     try:
         folder = snapshot_download(
             model, revision=revision, allow_patterns=list(files), local_files_only=local_only, dry_run=False

@@ -53,6 +53,7 @@ _CLASSES: dict[str, Any] = {
     "token-classification": TokenClassifier,
     "question-answering": SpanClassifier,
 }
+_CLASSIFIERS = ("sequence-classification", "token-classification")
 
 
 def from_pretrained(
@@ -104,7 +105,9 @@ def from_pretrained(
     config = family.read_config(values, task)
     if task == "encoder" and config.pooler and not any("pooler." in name for name in source.entries):
         config = dataclasses.replace(config, pooler=False)  # the checkpoint was saved from a task that has none
-    model = _build(task, config, _labels(values), dtype or _stored_dtype(values, source))
+    labels = _labels(values) if task in _CLASSIFIERS else ()
+    model = _build(task, config, len(labels), dtype or _stored_dtype(values, source))
+    model.labels = labels
     plan = _plan(family, task, model, source)
     model.to_empty(device=torch.get_default_device() if device is None else device)
     _fill(model, plan, source)
@@ -131,7 +134,8 @@ def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> 
         tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
     values |= {"architectures": [family.tasks[task]], "torch_dtype": str(model.dtype).removeprefix("torch.")}
     if isinstance(model, SequenceClassifier | TokenClassifier):
-        names = [f"LABEL_{i}" for i in range(model.classifier.out_features)]
+        count = model.classifier.out_features
+        names = list(model.labels) if len(model.labels) == count else [f"LABEL_{i}" for i in range(count)]
         values["id2label"] = {str(i): name for i, name in enumerate(names)}
         values["label2id"] = {name: i for i, name in enumerate(names)}
     _write(Path(folder), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, values)
@@ -151,13 +155,14 @@ def _open(path: Path) -> tuple[dict[str, Any], TensorSource]:
     return values, open_safetensors(path)
 
 
-def _labels(values: Mapping[str, Any]) -> int:
-    """How many classes a classification head has; transformers writes their names, or their number."""
-    names = values.get("id2label")
-    count = len(names) if isinstance(names, dict) and names else values.get("num_labels", 2)
+def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a classification head's classes; transformers writes the names, or at least their number."""
+    given = values.get("id2label")
+    names = given if isinstance(given, dict) else {}
+    count = len(names) or values.get("num_labels", 2)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1 << 24:
         raise ConfigError(f"config.json: num_labels must be a number of classes, got {count!r}")
-    return count
+    return tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(count))
 
 
 def _stored_dtype(values: Mapping[str, Any], source: TensorSource) -> torch.dtype:
@@ -175,7 +180,7 @@ def _stored_dtype(values: Mapping[str, Any], source: TensorSource) -> torch.dtyp
 
 def _build(task: str, config: TransformerConfig, labels: int, dtype: torch.dtype) -> TransformerModel:
     """The model of a task, on the meta device."""
-    if task in ("sequence-classification", "token-classification"):
+    if task in _CLASSIFIERS:
         return _CLASSES[task](config, labels, device="meta", dtype=dtype)
     return _CLASSES[task](config, device="meta", dtype=dtype)
 
