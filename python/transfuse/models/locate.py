@@ -118,13 +118,12 @@ def _snapshot(model: str, revision: str | None, files: tuple[str, ...], *, local
     from huggingface_hub import errors, snapshot_download
 
     # The client's own exceptions have no common base; those of its HTTP library are among them as HTTPError.
-    theirs: tuple[type[Exception], ...] = tuple(
-        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
-    )
+    kinds = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    theirs: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
         folder = snapshot_download(
             model, revision=revision, allow_patterns=list(files), local_files_only=local_only, dry_run=False
         )
-    except (*theirs, OSError) as error:
+    except theirs as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return Path(folder)
