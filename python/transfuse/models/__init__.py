@@ -1,6 +1,37 @@
-"""Encoders, decoders and encoder-decoders from one block; caches, heads, checkpoints."""
-import importlib
-_WHERE = {"ParameterCount": "base", "Block": "blocks", "KVCache": "cache", "RopeScaling": "config", "TransformerConfig": "config", "Decoder": "decoder", "Encoder": "encoder", "MaskedLM": "encoder_heads", "SequenceClassifier": "encoder_heads", "SpanClassifier": "encoder_heads", "TokenClassifier": "encoder_heads", "ModelOutput": "outputs", "Seq2Seq": "seq2seq", "from_pretrained": "pretrained", "save_pretrained": "pretrained", "load_tokenizer": "tokenizer_files", "Tokenizer": "tokenizer", "TokenizerSettings": "tokenizer"}
-def __getattr__(name):
-    if name in _WHERE: return getattr(importlib.import_module("transfuse.models." + _WHERE[name]), name)
-    raise AttributeError(name)
+"""Encoders, decoders and encoder-decoders from one block; caches, heads, checkpoints, tokenizers."""
+
+from __future__ import annotations
+
+from transfuse.models.base import ParameterCount
+from transfuse.models.blocks import Block
+from transfuse.models.cache import KVCache
+from transfuse.models.config import RopeScaling, TransformerConfig
+from transfuse.models.decoder import Decoder
+from transfuse.models.encoder import Encoder
+from transfuse.models.encoder_heads import MaskedLM, SequenceClassifier, SpanClassifier, TokenClassifier
+from transfuse.models.outputs import ModelOutput
+from transfuse.models.pretrained import from_pretrained, save_pretrained
+from transfuse.models.seq2seq import Seq2Seq
+from transfuse.models.tokenizer import Tokenizer, TokenizerSettings
+from transfuse.models.tokenizer_files import load_tokenizer
+
+__all__ = [
+    "Block",
+    "Decoder",
+    "Encoder",
+    "KVCache",
+    "MaskedLM",
+    "ModelOutput",
+    "ParameterCount",
+    "RopeScaling",
+    "Seq2Seq",
+    "SequenceClassifier",
+    "SpanClassifier",
+    "TokenClassifier",
+    "Tokenizer",
+    "TokenizerSettings",
+    "TransformerConfig",
+    "from_pretrained",
+    "load_tokenizer",
+    "save_pretrained",
+]
