@@ -13,6 +13,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,12 @@ def from_pretrained(
     if task == "encoder" and config.pooler and not any("pooler." in name for name in source.entries):
         config = dataclasses.replace(config, pooler=False)  # the checkpoint was saved from a task that has none
     labels = _labels(values) if task in _CLASSIFIERS else ()
+    match = None if family is native.FAMILY else _match(family, config, task, family.table(config, task), source)
+    if match is not None and 2 * len(match.missing) > len(match.table):
+        raise match.error([])  # another model altogether: not worth building to compare shapes
     model = _build(task, config, len(labels), dtype or _stored_dtype(values, source))
     model.labels = labels
-    plan = _plan(family, task, model, source)
+    plan = _plan(match or _match(family, config, task, native.table_of(model, task), source), model)
     model.to_empty(device=torch.get_default_device() if device is None else device)
     _fill(model, plan, source)
     return model.eval()
@@ -203,29 +207,42 @@ def _written_config(config: TransformerConfig, task: str) -> tuple[Family, dict[
     return native.FAMILY, native.FAMILY.write_config(config)
 
 
-def _plan(family: Family, task: str, model: TransformerModel, source: TensorSource) -> dict[str, Rows]:
-    """Name as stored -> where it goes, once every tensor's name, shape and dtype was found to fit.
+@dataclass(frozen=True)
+class _Match:
+    """The names a model needs against those a checkpoint has.
 
-    Raises:
-        CheckpointError: some do not; the message lists them all.
+    ``table``: needed name -> where it goes; ``found``: needed name -> name as stored; ``missing``: needed, not stored;
+    ``unexpected``: stored, not needed; ``tied``: stored name of a copy -> stored name of what it must equal.
     """
-    parameters = dict(model.named_parameters())
-    table = native.table_of(model, task) if family is native.FAMILY else family.table(model.config, task)
-    copies = family.copies(model.config, task)
+
+    source: TensorSource
+    what: str
+    table: dict[str, Rows]
+    found: dict[str, str]
+    missing: list[str]
+    unexpected: list[str]
+    tied: dict[str, str]
+
+    def error(self, misfits: list[str]) -> CheckpointError:
+        groups = ((self.missing, "missing"), (self.unexpected, "unexpected"), (misfits, "that do not fit"))
+        problems = "; ".join(f"{len(names)} {kind} ({some(names)})" for names, kind in groups if names)
+        return CheckpointError(
+            f"{self.source.path}: its tensors are not those of config.json ({self.what}): {problems}"
+        )
+
+
+def _match(
+    family: Family, config: TransformerConfig, task: str, table: dict[str, Rows], source: TensorSource
+) -> _Match:
+    copies = family.copies(config, task)
     stored = family.canonical(list(source.entries), table)
-    plan: dict[str, Rows] = {}
-    missing, misfits = [], []
-    for name, rows in table.items():
-        found = next((n for n in (name, *(c for c, of in copies.items() if of == name)) if n in stored), None)
-        if found is None:
-            missing.append(name)
-            continue
-        info, expected = source.entries[stored[found]], tuple(parameters[rows.name][rows.start : rows.stop].shape)
-        if info.shape != expected:
-            misfits.append(f"{name}: file {info.shape}, model {expected}")
-        elif info.dtype not in source.readable:
-            misfits.append(f"{name}: dtype {info.dtype}, expected one of {', '.join(source.readable)}")
-        plan[stored[found]] = rows
+    copies_of: dict[str, list[str]] = {}
+    for copy, original in copies.items():
+        copies_of.setdefault(original, []).append(copy)
+    found = {}
+    for name in table:
+        if hit := next((n for n in (name, *copies_of.get(name, ())) if n in stored), None):
+            found[name] = stored[hit]
     # Another task's head, or what only another task reads, may lie in the file; anything else unknown may not.
     passed_over = tuple(head for head in family.heads if not any(name.startswith(head) for name in table))
     unexpected = [
@@ -234,24 +251,35 @@ def _plan(family: Family, task: str, model: TransformerModel, source: TensorSour
         if not (name in table or name in copies or name.startswith(passed_over))
         and not any(part in name for part in family.unused)
     ]
-    groups = ((missing, "missing"), (unexpected, "unexpected"), (misfits, "that do not fit"))
-    if problems := [f"{len(names)} {kind} ({some(names)})" for names, kind in groups if names]:
-        raise CheckpointError(
-            f"{source.path}: its tensors are not those of config.json ({family.name}, {task}): {'; '.join(problems)}"
-        )
-    if model.config.tie_embeddings:
-        _check_tied(source, stored, copies)
-    return plan
+    tied = {stored[c]: stored[n] for c, n in copies.items() if config.tie_embeddings and c in stored and n in stored}
+    missing = [name for name in table if name not in found]
+    return _Match(source, f"{family.name}, {task}", table, found, missing, unexpected, tied)
 
 
-def _check_tied(source: TensorSource, stored: Mapping[str, str], copies: Mapping[str, str]) -> None:
-    """Tensors that the configuration calls one must be one, else half of what was trained would be dropped."""
-    for copy, name in copies.items():
-        if copy in stored and name in stored and not torch.equal(source.read(stored[copy]), source.read(stored[name])):
+def _plan(match: _Match, model: TransformerModel) -> dict[str, Rows]:
+    """Name as stored -> where it goes, once every tensor's name, shape and dtype was found to fit.
+
+    Raises:
+        CheckpointError: some do not; the message lists them all.
+    """
+    source, parameters = match.source, dict(model.named_parameters())
+    misfits = []
+    for name, stored in match.found.items():
+        rows, info = match.table[name], source.entries[stored]
+        expected = tuple(parameters[rows.name][rows.start : rows.stop].shape)
+        if info.shape != expected:
+            misfits.append(f"{name}: file {info.shape}, model {expected}")
+        elif info.dtype not in source.readable:
+            misfits.append(f"{name}: dtype {info.dtype}, expected one of {', '.join(source.readable)}")
+    if match.missing or match.unexpected or misfits:
+        raise match.error(misfits)
+    for copy, original in match.tied.items():  # else half of what was trained would be dropped in silence
+        if not torch.equal(source.read(copy), source.read(original)):
             raise CheckpointError(
-                f"{source.path}: config.json ties {copy} to {name}, but they differ; set tie_word_embeddings to false "
-                "if the checkpoint is not tied"
+                f"{source.path}: config.json ties {copy} to {original}, but they differ; set tie_word_embeddings to "
+                "false if the checkpoint is not tied"
             )
+    return {stored: match.table[name] for name, stored in match.found.items()}
 
 
 @torch.no_grad()
