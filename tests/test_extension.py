@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from transfuse import _extension
+from transfuse.errors import ArgumentError
 from transfuse.ops.norm import cuda_impl
 
 built = pytest.mark.skipif(_extension.load() is None, reason=f"{_extension.why_not()}")
@@ -36,7 +37,7 @@ def package(tmp_path: Path) -> Path:
     folder = tmp_path / "transfuse"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    for name in ("_extension.py", "_version.py"):
+    for name in ("_extension.py", "_version.py", "errors.py"):
         shutil.copy(Path(_extension.__file__).parent / name, folder)
     return folder
 
@@ -133,6 +134,11 @@ def test_a_view_carries_geometry_and_dtype() -> None:
     numbers = _extension.kernels().dtypes
     assert _extension.view(x) == (x.data_ptr(), numbers["bfloat16"], (3, 3), (6, 2))
     assert _extension.view(None) is None
+    y = torch.zeros(2, 3, 5)
+    assert _extension.view(y, (6, 5))[2:] == ((6, 5), (5, 1))  # type: ignore[index]
+    assert _extension.view(torch.zeros(2, 0), (0, 0))[2:] == ((0, 0), (1, 1))  # type: ignore[index]
+    with pytest.raises(ArgumentError, match=r"shape \(4, 6\) cannot be seen as \(24,\)"):
+        _extension.view(torch.zeros(6, 4).T, (24,))
 
 
 # --- the launcher's own checks, which need no GPU -------------------------------------------------------------------

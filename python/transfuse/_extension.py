@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from transfuse._version import __version__
+from transfuse.errors import ArgumentError
 
 if TYPE_CHECKING:
     import torch
@@ -74,15 +75,37 @@ def info() -> dict[str, Any]:
     return facts
 
 
-def view(tensor: torch.Tensor | None) -> View | None:
+def view(tensor: torch.Tensor | None, shape: tuple[int, ...] | None = None) -> View | None:
     """A tensor as the extension's launchers take it; None stays None.
 
     The view holds no reference: the caller keeps the tensor until the launcher has returned. After that a CUDA tensor
     may go, for torch's allocator gives its memory only to later work of the same stream.
+
+    Args:
+        tensor: of a dtype that the extension knows.
+        shape: reads a contiguous tensor as this shape instead of its own, without the microseconds of a reshape. A
+            tensor that is not contiguous must have the shape already.
+
+    Raises:
+        ArgumentError: the tensor is not contiguous and its shape is another.
     """
     if tensor is None:
         return None
-    return tensor.data_ptr(), _dtype_numbers()[tensor.dtype], tensor.shape, tensor.stride()
+    own: tuple[int, ...] = tensor.shape
+    strides = tensor.stride()
+    if shape is not None and own != shape:
+        if not tensor.is_contiguous():
+            raise ArgumentError(f"a strided tensor of shape {tuple(own)} cannot be seen as {shape} without a copy")
+        own, strides = shape, _packed_strides(shape)
+    return tensor.data_ptr(), _dtype_numbers()[tensor.dtype], own, strides
+
+
+def _packed_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def target(device: torch.device) -> tuple[int, int]:

@@ -28,28 +28,29 @@ def layer_norm_forward(
     summed = x.new_empty(0) if residual is None else torch.empty_like(y)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
+    rows, hidden = mean.numel(), x.shape[-1]
     # Named until after the launch: a view holds no reference, and the memory of a copy dropped before it is reused.
-    x_rows, residual_rows, weight, bias = _rows(x), _rows(residual), _packed(weight), _packed(bias)
+    x_rows, residual_rows, weight, bias = _row_strided(x), _row_strided(residual), _packed(weight), _packed(bias)
     view = _extension.view
     _extension.kernels().layer_norm_forward(
-        view(x_rows),
-        view(residual_rows),
+        view(x_rows, (rows, hidden)),
+        view(residual_rows, (rows, hidden)),
         view(weight),
         view(bias),
-        view(_rows(y)),
-        None if residual is None else view(_rows(summed)),
-        view(mean.view(-1)),
-        view(rstd.view(-1)),
+        view(y, (rows, hidden)),
+        None if residual is None else view(summed, (rows, hidden)),
+        view(mean, (rows,)),
+        view(rstd, (rows,)),
         eps,
         _extension.target(x.device),
     )
     return y, summed, mean, rstd
 
 
-def _rows(t: torch.Tensor | None) -> torch.Tensor | None:
-    """(rows, hidden) with contiguous columns: a view wherever the strides allow one, a copy elsewhere."""
-    if t is None:
-        return None
+def _row_strided(t: torch.Tensor | None) -> torch.Tensor | None:
+    """t itself if contiguous, else (rows, hidden) with contiguous columns: a view where strides allow, or a copy."""
+    if t is None or t.is_contiguous():
+        return t
     rows = t.reshape(t.shape[:-1].numel(), t.shape[-1])  # not (-1, hidden): that is ambiguous when hidden is 0
     return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
 
