@@ -6,7 +6,8 @@ A model is anything with
 * ``new_cache(batch, max_length)``: a key/value cache for that many rows and positions. With ``cache.select(rows)``,
   rows that have ended leave the batch;
 * ``model(input_ids, attention_mask=, position_ids=, cache=, last_logits_only=)`` for a decoder. ``attention_mask``
-  covers what is in the cache and what comes, (batch, past + new); it and ``position_ids`` are None without padding;
+  covers what is in the cache and what comes, (batch, past + new); it and ``position_ids`` are None without padding, the
+  latter also where ``config.position`` is "relative" or "none";
 * ``model(input_ids, attention_mask=, decoder_input_ids=, cache=, last_logits_only=)`` for an encoder-decoder, which
   runs its encoder only while the cache holds nothing of it;
 * ``.logits`` (batch, 1 or new, vocab) in what it returns.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from transfuse.generation.processors import compose
-from transfuse.generation.prompt import Ids, Prompt
+from transfuse.generation.prompt import Ids, Prompt, counts_positions
 from transfuse.generation.settings import Settings
 
 
@@ -100,6 +100,7 @@ class _Reader:
         self._model = model
         self._source, self._source_mask = prompt.source, prompt.source_mask
         self._mask = prompt.mask
+        self._counts = counts_positions(getattr(model, "config", None))
         self._cache = model.new_cache(prompt.tokens.shape[0], length)
 
     def scores(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -116,7 +117,8 @@ class _Reader:
         mask, positions = self._mask, None
         if mask is not None:
             # Padding on the left takes no positions: a row means the same in a batch and alone.
-            positions = (mask.cumsum(1) - 1).clamp_min_(0)[:, -tokens.shape[1] :]
+            if self._counts:
+                positions = (mask.cumsum(1) - 1).clamp_min_(0)[:, -tokens.shape[1] :]
             self._mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
         out = self._model(tokens, attention_mask=mask, position_ids=positions, cache=self._cache, last_logits_only=True)
         return out.logits[:, -1]

@@ -87,7 +87,7 @@ def prepare(
 
 def _check_ids(name: str, ids: torch.Tensor, vocabulary: int | None) -> None:
     if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        got = str(ids.dtype) if isinstance(ids, torch.Tensor) else type(ids).__name__
+        got = str(ids.dtype).removeprefix("torch.") if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise DtypeError(f"generate: {name} must be an int64 or int32 tensor, got {got}")
     if ids.dim() != 2:
         raise ArgumentError(f"generate: {name} must have shape (batch, length), got {tuple(ids.shape)}")
@@ -132,11 +132,14 @@ def _check_room(config: Any, length: int, new: int) -> None:
         )
 
 
+def counts_positions(config: Any) -> bool:
+    """Whether the model gives every token a numbered position, so that it takes position_ids and has a context."""
+    return getattr(config, "position", None) not in ("relative", "none")
+
+
 def _context(config: Any) -> int | None:
     """How many positions the model knows; None where its position scheme has no end."""
-    if getattr(config, "position", "learned") in ("relative", "none"):
-        return None
-    return getattr(config, "max_positions", None)
+    return getattr(config, "max_positions", None) if counts_positions(config) else None
 
 
 def _decoder_vocabulary(config: Any) -> int | None:
