@@ -162,7 +162,7 @@ def choose(op: str, device: torch.device, requested: str | None, op_why_not: Cal
     if device.type == "cpu":
         _log_once(op, "torch", "the tensors are on the CPU")
         return "torch"
-    against = []
+    against: list[str] = []
     for name in AUTOMATIC:
         reason = why_not(name, device) or op_why_not(name)
         if reason is None:

@@ -6,6 +6,8 @@ the same thing in the shape of the registered ops, with the statistics in fp32 (
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 
@@ -118,6 +120,10 @@ def rms_norm_backward(
     return _finish(dx, dsummed, summed), _gradient_of(weight, dweight, summed)
 
 
+@overload
+def _wide(t: torch.Tensor) -> torch.Tensor: ...
+@overload
+def _wide(t: None) -> None: ...
 def _wide(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t is None or t.dtype == torch.float64 else t.float()
 
