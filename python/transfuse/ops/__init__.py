@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from transfuse.ops.attention import attention, attention_weights
+from transfuse.ops.attention import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    attention_weights,
+    scaled_dot_product_attention,
+)
 from transfuse.ops.norm import layer_norm, rms_norm
 
-__all__ = ["attention", "attention_weights", "layer_norm", "rms_norm"]
+__all__ = [
+    "attention",
+    "attention_decode",
+    "attention_varlen",
+    "attention_weights",
+    "layer_norm",
+    "rms_norm",
+    "scaled_dot_product_attention",
+]

@@ -14,7 +14,16 @@ from __future__ import annotations
 
 import torch
 
-from transfuse.ops.attention.variant import Variant, corner, distances, one_of, per_head, shift, visible
+from transfuse.ops.attention.variant import (
+    Variant,
+    corner,
+    distances,
+    per_head,
+    rows_of,
+    shift,
+    statistics_dtype,
+    visible,
+)
 
 
 def attention(
@@ -39,9 +48,8 @@ def attention(
     if keep is not None:
         p = p * keep / (1 - variant.dropout_p)
     out = p @ v.repeat_interleave(group, 1)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = (highest + total.masked_fill(nothing, 1).log()).squeeze(-1)
-    return out, lse.to(wide)
+    return out, lse.to(statistics_dtype(q))
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> torch.Tensor:
@@ -88,15 +96,14 @@ def attention_varlen(
             q[rows].transpose(0, 1)[None],
             k[keys].transpose(0, 1)[None],
             v[keys].transpose(0, 1)[None],
-            one_of(variant, b, q_len, k_len),
-            corner(keep, b, q_len, k_len),
+            rows_of(variant, slice(b, b + 1), q_len, k_len),
+            corner(keep, slice(b, b + 1), q_len, k_len),
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     rest = q[bounds_q[-1] :]
     outs.append(rest.new_zeros(rest.shape[0], q.shape[1], v.shape[2]))
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lses.append(rest.new_full((q.shape[1], rest.shape[0]), -torch.inf, dtype=wide))
+    lses.append(rest.new_full((q.shape[1], rest.shape[0]), -torch.inf, dtype=statistics_dtype(q)))
     return torch.cat(outs), torch.cat(lses, 1)
 
 
@@ -114,8 +121,8 @@ def attention_decode(
             q[b : b + 1],
             k_cache[b : b + 1, :, :length],
             v_cache[b : b + 1, :, :length],
-            one_of(variant, b, q.shape[2], length),
-            corner(keep, b, q.shape[2], length),
+            rows_of(variant, slice(b, b + 1), q.shape[2], length),
+            corner(keep, slice(b, b + 1), q.shape[2], length),
         )
         for b, length in enumerate(cache_lengths.tolist())
     ]

@@ -12,7 +12,7 @@ import torch
 
 from transfuse.ops import _registry
 from transfuse.ops.attention import torch_chunks, torch_explicit, torch_impl
-from transfuse.ops.attention.variant import Variant
+from transfuse.ops.attention.variant import Variant, statistics_dtype
 
 FIELDS = (
     "Tensor? mask, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, float scale, SymInt left, SymInt right,"
@@ -53,11 +53,6 @@ def or_empty(t: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
 def wants(variant_tensors: tuple[torch.Tensor | None, ...], needed: tuple[bool, ...]) -> list[bool]:
     """Of bias, ALiBi slopes and sinks, which exist and need a gradient."""
     return [t is not None and n for t, n in zip(variant_tensors[1:], needed, strict=True)]
-
-
-def statistics_dtype(q: torch.Tensor) -> torch.dtype:
-    """lse's dtype."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 # --- transfuse::attention -------------------------------------------------------------------------------------------
@@ -125,9 +120,11 @@ def _double(ctx, *grad_grads):  # type: ignore[no-untyped-def]
 
     def function(q, k, v, bias, slopes, sinks):  # type: ignore[no-untyped-def]
         variant = join_variant((mask, bias, slopes, sinks), ctx.rest)
-        return torch_explicit.attention(q, k, v, variant, torch_impl.keep_of(q, k, variant, seed))
+        return torch_explicit.attention(q, k, v, variant, torch_impl.keep_of(variant, seed, q, k))
 
     contract = [*grad_grads[:3], *(g if w else None for g, w in zip(grad_grads[3:], ctx.want, strict=True))]
+    if all(g is None for g in contract):
+        return (None,) * (7 + N + 3)
     found, (g_dout, g_dlse) = _registry.double_backward(
         function, (q, k, v, bias, slopes, sinks), (dout, dlse), contract
     )
@@ -187,6 +184,8 @@ def _weights_double(ctx, *grad_grads):  # type: ignore[no-untyped-def]
         return (torch_impl.attention_weights(q, k, lse, variant),)
 
     contract = [*grad_grads[:3], *(g if w else None for g, w in zip(grad_grads[3:], ctx.want, strict=True))]
+    if all(g is None for g in contract):
+        return (None,) * (4 + N + 1)
     found, (g_dp,) = _registry.double_backward(function, (q, k, lse, bias, slopes), (dp,), contract)
     return g_dp, *found[:3], None, *found[3:], *(None,) * (N - 3 + 1)
 

@@ -14,7 +14,15 @@ from typing import NamedTuple
 
 import torch
 
-from transfuse.ops.attention.variant import Variant, distances, per_head, shift, visible_block, visible_columns
+from transfuse.ops.attention.variant import (
+    Variant,
+    distances,
+    per_head,
+    shift,
+    statistics_dtype,
+    visible_block,
+    visible_columns,
+)
 
 _BLOCK = 1 << 20
 """Scores in a block: 4 MB in fp32."""
@@ -38,7 +46,7 @@ def forward(
     keep: torch.Tensor | None,  # bool (batch, heads, q_len, k_len): what dropout keeps
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); lse is fp32, or fp64 for fp64."""
-    wide = wide_dtype(q)
+    wide = statistics_dtype(q)
     out = q.new_empty(*q.shape[:3], v.shape[3])
     lse = q.new_empty(q.shape[:3], dtype=wide)
     for block in _blocks(q, k, variant):
@@ -75,7 +83,7 @@ def backward(
     want_slopes: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(dq, dk, dv, dbias, dalibi_slopes); the last two in fp32, or None where not wanted."""
-    wide = wide_dtype(q)
+    wide = statistics_dtype(q)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=wide, device=k.device)
     dv = torch.zeros(v.shape, dtype=wide, device=v.device)
@@ -117,11 +125,6 @@ def delta(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, wide
     """rowsum(dO * O) - dlse, (batch, heads, q_len): what the softmax's gradient subtracts in every row."""
     rows = (dout.to(wide) * out).sum(-1)
     return rows if dlse is None else rows - dlse
-
-
-def wide_dtype(q: torch.Tensor) -> torch.dtype:
-    """The dtype of scores and statistics."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def _blocks(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> Iterator[Block]:
@@ -198,7 +201,7 @@ def weights_backward(
     want_slopes: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """(dq, dk, dlse, dbias, dalibi_slopes) of P = exp(s - lse): dS = P * dP and dlse = -rowsum(dS)."""
-    wide = wide_dtype(q)
+    wide = statistics_dtype(q)
     whole = Block(slice(None), (0, q.shape[2]), (0, k.shape[2]))
     s, capped = _scores(q, k, variant, whole, wide)
     ds = s.sub_(lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_().mul_(dp)

@@ -47,7 +47,7 @@ def attention(
     if q.device.type != "cpu" and not with_lse and _sdpa_says(q, k, v, variant):
         return _sdpa(q, k, v, variant), None
     if not differentiable:
-        return _forward(q, k, v, variant, draw_keep(q, k, variant), with_lse)
+        return forward(q, k, v, variant, draw_keep(q, k, variant), with_lse)
     keep = draw_keep(q, k, variant)
     out, lse = _Attention.apply(q, k, v, variant.bias, variant.alibi_slopes, variant.sinks, keep, variant, with_lse)
     return out, lse if with_lse else None
@@ -57,7 +57,7 @@ def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); seed: int64 (2,), read under dropout."""
-    return _forward(q, k, v, variant, keep_of(q, k, variant, seed), True)
+    return forward(q, k, v, variant, keep_of(variant, seed, q, k), True)
 
 
 def attention_backward(
@@ -73,10 +73,10 @@ def attention_backward(
     want: tuple[bool, bool, bool] = (True, True, True),
 ) -> Gradients:
     """(dq, dk, dv, dbias, dalibi_slopes, dsinks); ``want`` says which of the last three to compute if they exist."""
-    return _backward(dout, dlse, q, k, v, out, lse, variant, keep_of(q, k, variant, seed), want)
+    return backward(dout, dlse, q, k, v, out, lse, variant, keep_of(variant, seed, q, k), want)
 
 
-def keep_of(q: torch.Tensor, k: torch.Tensor, variant: Variant, seed: torch.Tensor | None) -> torch.Tensor | None:
+def keep_of(variant: Variant, seed: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
     """The dropout mask that a seed stands for."""
     if variant.dropout_p == 0 or seed is None:
         return None
@@ -107,7 +107,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias, slopes, sinks, keep, variant, with_lse):  # type: ignore[no-untyped-def]
-        out, lse = _forward(q, k, v, variant, keep, with_lse)
+        out, lse = forward(q, k, v, variant, keep, with_lse)
         ctx.save_for_backward(q, k, v, bias, slopes, sinks, variant.mask, keep, out, lse)
         ctx.variant = variant._replace(mask=None, bias=None, alibi_slopes=None, sinks=None)
         ctx.set_materialize_grads(False)
@@ -125,11 +125,11 @@ class _Attention(torch.autograd.Function):
             grads = _recompute(ctx.needs_input_grad[:6], dout, dlse, q, k, v, variant, keep)
             return *grads, None, None, None
         dout = torch.zeros_like(out) if dout is None else dout
-        grads = _backward(dout, dlse, q, k, v, out, lse, variant, keep, ctx.needs_input_grad[3:6])
+        grads = backward(dout, dlse, q, k, v, out, lse, variant, keep, ctx.needs_input_grad[3:6])
         return *grads, None, None, None
 
 
-def _forward(
+def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, keep: torch.Tensor | None, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if torch_flash.why_not(q, k, v, variant) is None and not _narrow(q, k, variant):
@@ -137,7 +137,7 @@ def _forward(
     return torch_chunks.forward(q, k, v, variant, keep)
 
 
-def _backward(
+def backward(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,

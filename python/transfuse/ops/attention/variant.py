@@ -39,6 +39,11 @@ class Variant(NamedTuple):
     deterministic: bool = False
 
 
+def statistics_dtype(q: torch.Tensor) -> torch.dtype:
+    """The dtype of scores' statistics and of lse."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
 def shift(variant: Variant, q_len: int, k_len: int) -> int:
     """p_0: where the first query stands among the keys."""
     return k_len - q_len if variant.first is None else variant.first
@@ -89,19 +94,19 @@ def per_head(slopes: torch.Tensor) -> torch.Tensor:
     return slopes.reshape(-1, slopes.shape[-1], 1, 1)
 
 
-def one_of(variant: Variant, b: int, q_len: int, k_len: int) -> Variant:
-    """The variant of batch row b alone, its mask and bias cut to their first q_len rows and k_len columns."""
+def rows_of(variant: Variant, rows: slice, q_len: int, k_len: int) -> Variant:
+    """The variant of these batch rows alone, their mask and bias cut to q_len rows and k_len columns."""
     slopes = variant.alibi_slopes
     return variant._replace(
-        mask=corner(variant.mask, b, q_len, k_len),
-        bias=corner(variant.bias, b, q_len, k_len),
-        alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b],
+        mask=corner(variant.mask, rows, q_len, k_len),
+        bias=corner(variant.bias, rows, q_len, k_len),
+        alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[rows],
     )
 
 
-def corner(t: torch.Tensor | None, b: int, q_len: int, k_len: int) -> torch.Tensor | None:
-    """Row b of (batch|1, heads|1, max_q|1, max_k|1), cut to (1, heads|1, q_len|1, k_len|1)."""
+def corner(t: torch.Tensor | None, rows: slice, q_len: int, k_len: int) -> torch.Tensor | None:
+    """These batch rows of (batch|1, heads|1, max_q|1, max_k|1), cut to (·, heads|1, q_len|1, k_len|1)."""
     if t is None:
         return None
-    row = t if t.shape[0] == 1 else t[b : b + 1]
-    return row[:, :, : q_len if t.shape[2] > 1 else 1, : k_len if t.shape[3] > 1 else 1]
+    some = t if t.shape[0] == 1 else t[rows]
+    return some[:, :, : q_len if t.shape[2] > 1 else 1, : k_len if t.shape[3] > 1 else 1]
