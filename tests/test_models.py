@@ -11,7 +11,7 @@ import torch
 
 from model_cases import ARCHITECTURES, POSITIONS, VARIANTS, build, build_seeded, make_config, one_thread, some_inputs  # noqa: F401 (a fixture)
 from transfuse import models
-from transfuse.errors import ArgumentError, ConfigError, DtypeError
+from transfuse.errors import ArgumentError, ConfigError, DeviceError, DtypeError
 from transfuse.models import Decoder, Encoder, ModelOutput, Seq2Seq, TransformerConfig
 
 
@@ -346,6 +346,12 @@ BAD_CALLS = {
         lambda m: m(torch.zeros(1, 1).long(), position_ids=torch.tensor([[40]])),
         ArgumentError,
         "position_ids: values must be from 0 to 39, got 40",
+    ),
+    "device": (lambda m: m(torch.zeros(1, 1, device="meta").long()), DeviceError, "on cpu like the model, got meta"),
+    "mask-device": (
+        lambda m: m(torch.zeros(1, 1).long(), torch.ones(1, 1, device="meta")),
+        DeviceError,
+        "attention_mask: must be on cpu",
     ),
     "token-types": (
         lambda m: m(torch.zeros(1, 1).long(), token_type_ids=torch.zeros(1, 1).long()),

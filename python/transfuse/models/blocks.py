@@ -147,7 +147,9 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
-def add_norm(norm: LayerNorm | RMSNorm, x: torch.Tensor, stream: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def add_norm(
+    norm: LayerNorm | RMSNorm, x: torch.Tensor, stream: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + stream), x + stream); without a stream x is the stream."""
     if stream is None:
         return norm(x), x

@@ -155,8 +155,9 @@ class TransformerConfig:
         for name in ("layer_pattern", "eos_token_id"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        if isinstance(self.rope_scaling, Mapping):
-            object.__setattr__(self, "rope_scaling", _from_mapping(RopeScaling, self.rope_scaling, "rope_scaling"))
+        scaling: Any = self.rope_scaling  # a mapping when it comes from a file
+        if isinstance(scaling, Mapping):
+            object.__setattr__(self, "rope_scaling", _from_mapping(RopeScaling, scaling, "rope_scaling"))
         self._check_types()
         self._derive()
         self._check_ranges()

@@ -119,7 +119,7 @@ class Decoder(Stack):
         if states is None:
             raise ArgumentError("encoder_hidden_states: this decoder attends to an encoder's output, got None")
         inputs.context = states
-        tokens = as_mask("encoder_attention_mask", mask, states.shape[0], states.shape[1])
+        tokens = as_mask("encoder_attention_mask", mask, states)
         inputs.context_mask = None if tokens is None else tokens[:, None, None, :]
         if cache is not None:
             cache.cross_mask = inputs.context_mask
@@ -132,13 +132,13 @@ class Decoder(Stack):
         device: torch.device | str | None = None,
     ) -> KVCache:
         """An empty cache for ``batch`` rows of at most ``max_length`` tokens, by default where the parameters are."""
-        attention = self.layers[0].attention
+        c = self.config
         return KVCache(
             len(self.layers),
             batch,
-            attention.num_kv_heads,
+            c.num_decoder_kv_heads if c.is_encoder_decoder else c.num_kv_heads,
             max_length,
-            attention.head_dim,
+            c.head_dim,
             self.dtype if dtype is None else dtype,
             self.device if device is None else device,
         )

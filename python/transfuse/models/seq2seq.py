@@ -93,7 +93,7 @@ class Seq2Seq(TransformerModel):
         """
         if decoder_input_ids is None:
             raise ArgumentError("Seq2Seq: decoder_input_ids is missing; begin with decoder_start_token_id")
-        check_ids("decoder_input_ids", decoder_input_ids)
+        check_ids("decoder_input_ids", decoder_input_ids, self.decoder.embeddings.token.weight)
         encoded = ModelOutput(last_hidden_state=encoder_hidden_states)
         if encoder_hidden_states is None and not (cache is not None and cache.has_cross):
             if input_ids is None:

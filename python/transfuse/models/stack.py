@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from transfuse.errors import ArgumentError, DtypeError
+from transfuse.errors import ArgumentError, DeviceError, DtypeError
 from transfuse.models.base import TransformerModel
 from transfuse.models.blocks import Block, BlockInputs, add_norm, make_norm
 from transfuse.models.cache import KVCache
@@ -54,13 +54,13 @@ class Stack(TransformerModel):
         output_hidden_states: bool,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
         """(last hidden state, hidden states or None); ``inputs`` gets the fields that follow from ids and mask."""
-        check_ids("input_ids", input_ids)
+        check_ids("input_ids", input_ids, self.embeddings.token.weight)
         batch, new = input_ids.shape
         past = 0
         if cache is not None:
             cache.check_room(batch, new)
             past = cache.length
-        tokens = as_mask("attention_mask", attention_mask, batch, new, past)
+        tokens = as_mask("attention_mask", attention_mask, input_ids, past)
         if cache is not None:
             tokens = cache.remember_mask(tokens, new)
         positions, limit = self._positions(input_ids, position_ids, tokens, past)
@@ -113,26 +113,31 @@ class Stack(TransformerModel):
         return (tokens.long().cumsum(1) - 1).clamp_min(0)[:, past:], past + new
 
 
-def check_ids(name: str, ids: torch.Tensor) -> None:
-    """Token ids are integers, (batch, length)."""
+def check_ids(name: str, ids: torch.Tensor, table: torch.Tensor) -> None:
+    """Token ids are integers, (batch, length), where the model is."""
     if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
         got = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise DtypeError(f"{name}: expected an integer tensor (batch, length), got {got}")
     if ids.dim() != 2:
         raise ArgumentError(f"{name}: expected shape (batch, length), got {tuple(ids.shape)}; one row needs ids[None]")
+    if ids.device != table.device and table.device.type != "meta":  # meta: offloaded, it arrives when it is needed
+        raise DeviceError(f"{name}: must be on {table.device} like the model, got {ids.device}; move it there")
 
 
-def as_mask(name: str, mask: torch.Tensor | None, batch: int, new: int, past: int = 0) -> torch.Tensor | None:
-    """The mask as bool, or None where every position is a token, which is the fast path.
+def as_mask(name: str, mask: torch.Tensor | None, masked: torch.Tensor, past: int = 0) -> torch.Tensor | None:
+    """The mask of ``masked`` (batch, new, ...) as bool, or None where every position is a token: the fast path.
 
     Telling costs one look at the mask. While compiling or capturing a graph nobody can look: the mask stays.
     """
     if mask is None:
         return None
+    batch, new = masked.shape[:2]
     shapes = ((batch, new), (batch, past + new))
     if mask.shape not in shapes:
         wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
         raise ArgumentError(f"{name}: expected shape {wanted} with 1 = token, 0 = padding, got {tuple(mask.shape)}")
+    if mask.device != masked.device:
+        raise DeviceError(f"{name}: must be on {masked.device} like what it masks, got {mask.device}; move it there")
     mask = mask.bool()
     if torch.compiler.is_compiling() or mask.device.type == "meta":
         return mask
