@@ -9,6 +9,8 @@ from transfuse.ops.attention import (
     attention_weights,
     scaled_dot_product_attention,
 )
+from transfuse.ops.causal_softmax import causal_softmax
+from transfuse.ops.ffn import ffn, linear_act
 from transfuse.ops.norm import layer_norm, rms_norm
 
 __all__ = [
@@ -16,7 +18,10 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "causal_softmax",
+    "ffn",
     "layer_norm",
+    "linear_act",
     "rms_norm",
     "scaled_dot_product_attention",
 ]
