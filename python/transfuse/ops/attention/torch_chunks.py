@@ -179,7 +179,9 @@ def _times_keys(s: torch.Tensor, v: torch.Tensor, block: Block, wide: torch.dtyp
 
 def _fold(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """(batch, heads, rows, n) -> (batch, kv_heads, group * rows, n): queries that share keys in one matrix."""
-    return x if x.shape[1] == kv_heads else x.reshape(x.shape[0], kv_heads, -1, x.shape[3])
+    if x.shape[1] == kv_heads:
+        return x
+    return x.reshape(x.shape[0], kv_heads, x.shape[1] // kv_heads * x.shape[2], x.shape[3])
 
 
 def _cut(t: torch.Tensor, block: Block) -> torch.Tensor:

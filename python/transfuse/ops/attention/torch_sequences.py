@@ -362,9 +362,11 @@ def _as_dense(x: torch.Tensor, n: int, length: int) -> torch.Tensor:
 def _no_sequence(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    nought = sum(x[..., :0].sum() for x in (q, k, v))  # a gradient can be asked for
+    nought = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()  # so that a gradient can be asked for
     out = q.new_zeros(*q.shape[:2], v.shape[2]) + nought
-    return out, q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=statistics_dtype(q)) if with_lse else None
+    if not with_lse:
+        return out, None
+    return out, q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=statistics_dtype(q)) + nought
 
 
 def _split(x: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
