@@ -269,11 +269,17 @@ def embed(
         typer.echo(json.dumps({"text": text, "embedding": vector}, ensure_ascii=False))
 
 
+class _Console(Console):
+    """A console that leaves a closed pipe to :class:`_Group`."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     """Standard output; wide enough for tables where it is no terminal."""
-    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
-        return Console(highlight=False)
-    return Console(highlight=False, width=120)
+    terminal = sys.stdout.isatty() or os.environ.get("COLUMNS")
+    return _Console(highlight=False, width=None if terminal else 120)
 
 
 def _prepare(backend: str | None, device: str | None) -> torch.device:
