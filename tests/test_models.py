@@ -234,6 +234,15 @@ def test_initialisation():
     assert abs(post.layers[0].attention.out.weight.std().item() / 0.05 - 1) < 0.05
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Dynamo counts the compilations of a piece of code, over all tests."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     "architecture, position", [("encoder", "sinusoidal"), ("decoder", "rotary"), ("encoder_decoder", "relative")]
 )
@@ -245,6 +254,41 @@ def test_compiles_whole(architecture, position):
     torch.testing.assert_close(compiled(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
     del inputs["attention_mask"]
     torch.testing.assert_close(compiled(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@torch.no_grad()
+def test_compiled_steps_with_a_cache():
+    """The prompt and a step are compiled once each; the steps that follow reuse the code."""
+    model = build(make_config("decoder", position="rotary", num_layers=1))
+    ids = torch.randint(0, 61, (1, 9))
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(1)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    cache = model.new_cache(1, 9)
+    parts = [compiled(ids[:, :4], cache=cache).logits, compiled(ids[:, 4:5], cache=cache).logits]
+    before = len(compilations)
+    parts += [compiled(ids[:, i : i + 1], cache=cache).logits for i in range(5, 9)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits)
+    assert cache.length == 9
+    assert len(compilations) <= before + 1
+
+
+def test_exports():
+    """torch.export takes an encoder with batch and length left open, and gives its output type back."""
+    model = build(make_config("encoder", position="learned"))
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=40)
+    shapes = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}}
+    example = some_inputs(model.config, padded="right")
+    exported = torch.export.export(model, (), example, dynamic_shapes=shapes).module()
+    inputs = some_inputs(model.config, batch=2, length=13, padded="left")
+    out, real = exported(**inputs), inputs["attention_mask"].bool()
+    assert isinstance(out, ModelOutput)
+    torch.testing.assert_close(out.last_hidden_state[real], model(**inputs).last_hidden_state[real])
 
 
 def test_generate_and_stream():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.export
 
 from transfuse.models.cache import KVCache
 
@@ -49,3 +50,7 @@ class ModelOutput:
     def decoder_attentions(self) -> tuple[torch.Tensor, ...] | None:
         """``attentions``, by the name that an encoder-decoder of transformers gives it."""
         return self.attentions
+
+
+# torch.export and data parallel wrappers then see the tensors in it.
+torch.export.register_dataclass(ModelOutput, serialized_type_name="transfuse.models.ModelOutput")
