@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfuse.errors import ArgumentError
-from transfuse.ops.ffn import ffn, linear_act
+from transfuse.ops import ffn, linear_act
 
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
