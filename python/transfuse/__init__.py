@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 from transfuse._version import __version__
 from transfuse.backends import backends, use_backend
 from transfuse.errors import TransfuseError
-from transfuse.ops import *  # noqa: F403
+from transfuse.ops import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    attention_weights,
+    causal_softmax,
+    ffn,
+    layer_norm,
+    linear_act,
+    rms_norm,
+    scaled_dot_product_attention,
+)
 
 if TYPE_CHECKING:
     from transfuse import generation, models, nn, tasks, viz
