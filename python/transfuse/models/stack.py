@@ -60,7 +60,8 @@ class Stack(TransformerModel):
         if cache is not None:
             cache.check_room(batch, new)
             past = cache.length
-        tokens = as_mask("attention_mask", attention_mask, input_ids, past)
+        padded = cache is not None and cache.mask is not None  # then there is nothing to find out
+        tokens = as_mask("attention_mask", attention_mask, input_ids, past, look=not padded)
         if cache is not None:
             tokens = cache.remember_mask(tokens, new)
         positions, limit = self._positions(input_ids, position_ids, tokens, past)
@@ -124,10 +125,12 @@ def check_ids(name: str, ids: torch.Tensor, table: torch.Tensor) -> None:
         raise DeviceError(f"{name}: must be on {table.device} like the model, got {ids.device}; move it there")
 
 
-def as_mask(name: str, mask: torch.Tensor | None, masked: torch.Tensor, past: int = 0) -> torch.Tensor | None:
+def as_mask(
+    name: str, mask: torch.Tensor | None, masked: torch.Tensor, past: int = 0, look: bool = True
+) -> torch.Tensor | None:
     """The mask of ``masked`` (batch, new, ...) as bool, or None where every position is a token: the fast path.
 
-    Telling costs one look at the mask. While compiling or capturing a graph nobody can look: the mask stays.
+    Telling costs one look at the mask, on a GPU a wait. While compiling or capturing a graph nobody can look: it stays.
     """
     if mask is None:
         return None
@@ -139,7 +142,7 @@ def as_mask(name: str, mask: torch.Tensor | None, masked: torch.Tensor, past: in
     if mask.device != masked.device:
         raise DeviceError(f"{name}: must be on {masked.device} like what it masks, got {mask.device}; move it there")
     mask = mask.bool()
-    if torch.compiler.is_compiling() or mask.device.type == "meta":
+    if not look or torch.compiler.is_compiling() or mask.device.type == "meta":
         return mask
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
         return mask
