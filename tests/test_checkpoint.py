@@ -276,9 +276,9 @@ def test_gguf_tensors(tmp_path: Path, quantisation: str) -> None:
     file = GgufFile(path)
     for name, tensor in expected.items():
         assert torch.equal(file.read(name), tensor)
-    theirs = gguf.GGUFReader(path)  # the reference reader sees the same metadata
-    for key, value in file.metadata.items():
-        assert theirs.get_field(key).contents() == value
+    if hasattr(gguf.ReaderField, "contents"):  # the reference reader, where it is new enough, sees the same metadata
+        theirs = gguf.GGUFReader(path)
+        assert all(theirs.get_field(key).contents() == value for key, value in file.metadata.items())
 
 
 def test_gguf_projection_rows_return_to_halves(tmp_path: Path) -> None:

@@ -300,6 +300,8 @@ def write_llama_gguf(path: Path, model: Any, rope_factors: torch.Tensor | None =
     """What llama.cpp's converter makes of a transformers model: its names, and neighbouring rows rotated together."""
     gguf = pytest.importorskip("gguf")
     c, writer = model.config, gguf.GGUFWriter(path, "llama")
+    scaling = getattr(c, "rope_scaling", None) or {}
+    rope = getattr(c, "rope_parameters", None) or {"rope_type": "default", "rope_theta": c.rope_theta, **scaling}
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(c.max_position_embeddings)
     writer.add_embedding_length(c.hidden_size)
@@ -307,12 +309,12 @@ def write_llama_gguf(path: Path, model: Any, rope_factors: torch.Tensor | None =
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_key_length(c.head_dim)
     writer.add_vocab_size(c.vocab_size)
-    if c.rope_parameters["rope_type"] == "linear":
+    if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(c.rope_parameters["factor"])
+        writer.add_rope_scaling_factor(rope["factor"])
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
     tied = c.tie_word_embeddings

@@ -121,9 +121,7 @@ def _snapshot(model: str, revision: str | None, files: tuple[str, ...], *, local
     kinds = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
     theirs: tuple[type[Exception], ...] = (OSError, *kinds)
     try:
-        folder = snapshot_download(
-            model, revision=revision, allow_patterns=list(files), local_files_only=local_only, dry_run=False
-        )
+        folder = snapshot_download(model, revision=revision, allow_patterns=list(files), local_files_only=local_only)
     except theirs as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return Path(folder)
