@@ -139,6 +139,8 @@ class KVCache:
     def crop(self, length: int) -> None:
         """Forgets all positions from ``length`` on (speculative decoding takes back rejected tokens).
 
+        The source's cross-attention keys stay: another source needs a new cache.
+
         Raises:
             ArgumentError: length is not between 0 and the filled length.
         """
