@@ -127,7 +127,8 @@ def additive(
             slant = -per_head(variant.alibi_slopes).to(wide) * distances(q_positions, k_positions)
             bias = slant if bias is None else slant + bias
         top_left = first == 0 and variant.right == 0 and (variant.left < 0 or variant.left >= q_len - 1)
-        is_causal = top_left and not (with_mask and (bias is not None or seen is not None)) and q_len > 1
+        if top_left and q_len > 1 and not (with_mask and (bias is not None or seen is not None)):
+            is_causal = True
         if not is_causal and not unlimited(variant, q_len, k_len):
             near = visible(q_positions, k_positions, variant.left, variant.right)[None, None]
             seen = near if seen is None else seen & near

@@ -222,8 +222,11 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -
         # F.scaled_dot_product_attention takes a mask or is_causal, not both
         added, is_causal = torch_flash.additive(q, k, variant, True)
     added = added if added is None or added.dtype == torch.bool else added.to(q.dtype)
+    grouped = False
+    if k.shape[1] != q.shape[1]:  # a branch: under dynamic shapes the comparison itself is a symbol
+        grouped = True
     return F.scaled_dot_product_attention(
-        q, k, v, added, variant.dropout_p, is_causal, scale=variant.scale, enable_gqa=k.shape[1] != q.shape[1]
+        q, k, v, added, variant.dropout_p, is_causal, scale=variant.scale, enable_gqa=grouped
     )
 
 
