@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from conftest import skip_unless
 from oracle import check
@@ -290,6 +292,28 @@ def test_compiles_whole(dynamic):
         grad = torch.randn_like(got)
         for g, e in zip(*(torch.autograd.grad(o, (scores, bias), grad) for o in (got, expected)), strict=True):
             torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
+
+
+def test_traces_without_looking_at_values():
+    x = torch.randn(2, 5, 5)
+    scaled = lambda s: causal_softmax(s, scale=s.shape[-1] ** -0.5)  # noqa: E731
+    for symbolic in ("real", "fake", "symbolic"):
+        traced = make_fx(scaled, tracing_mode=symbolic)(x)
+        torch.testing.assert_close(traced(-x), scaled(-x))
+    with FakeTensorMode():
+        assert causal_softmax(torch.empty(3, 4, 6)).shape == (3, 4, 6)
+    assert causal_softmax(torch.empty(3, 4, 6, device="meta")).device.type == "meta"
+
+    class Module(torch.nn.Module):
+        def forward(self, s):
+            return scaled(s)
+
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(Module(), (x,), dynamic_shapes=({1: length, 2: length},)).module()
+    longer = torch.randn(2, 9, 9)
+    torch.testing.assert_close(exported(longer), scaled(longer))
+    compiled = torch.compile(scaled, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(longer), scaled(longer))
 
 
 def test_transforms():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from conftest import skip_unless
 from oracle import check
@@ -328,6 +329,30 @@ def test_compiles_whole(dynamic):
         grads = (torch.autograd.grad(o.sum(), list(t.values())) for o in (got, expected))
         for g, e in zip(*grads, strict=True):
             torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-3)
+
+
+def test_transforms():
+    t = {n: v for n, v in inputs((3, 4), 8, 12, gated=True).items() if n in ("x", "w1", "w2", "w_gate")}
+
+    def apply(x, w1, w2, w_gate):
+        return ffn(x, w1, None, w2, None, activation="silu", w_gate=w_gate) + ffn(x, w1, None, w2, None)
+
+    expected = apply(**t)
+    args = list(t.values())
+    for i, name in enumerate(t):
+        stacked = [a[None].expand(2, *a.shape) if j == i else a for j, a in enumerate(args)]
+        got = torch.func.vmap(apply, in_dims=tuple(0 if j == i else None for j in range(4)))(*stacked)
+        torch.testing.assert_close(got, expected.expand(2, *expected.shape), msg=name)
+    torch.testing.assert_close(make_fx(apply)(*args)(*args), expected)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return apply(x, *args[1:])
+
+    exported = torch.export.export(Module(), (args[0],), dynamic_shapes=({0: batch, 1: length},)).module()
+    longer = torch.randn(5, 7, 8)
+    torch.testing.assert_close(exported(longer), apply(longer, *args[1:]))
 
 
 def test_autocast_computes_in_the_autocast_dtype():

@@ -259,11 +259,13 @@ def test_a_padded_batch_equals_its_prompts_alone(position):
 
 def test_encoder_decoder_of_a_padded_batch_equals_its_sources_alone():
     model = own("encoder_decoder", position="sinusoidal", decoder_start_token_id=1)
-    ids, mask = padded([7, 3, 5], side="right")
-    together = model.generate(ids, mask, max_new_tokens=10)
-    for row in range(3):
-        alone = model.generate(ids[row : row + 1, mask[row].bool()], max_new_tokens=10)
-        assert torch.equal(together[row], alone[0])
+    ids, mask = padded([7, 3, 5, 2], side="right")
+    ends = [5, 9, 20, 31, 47]
+    together = model.generate(ids, mask, max_new_tokens=12, eos_token_id=ends, pad_token_id=0)
+    for row in range(4):
+        alone = model.generate(ids[row : row + 1, mask[row].bool()], max_new_tokens=12, eos_token_id=ends)[0]
+        assert torch.equal(together[row, : len(alone)], alone)
+        assert together[row, len(alone) :].eq(0).all()
 
 
 def test_dropout_is_off_and_training_mode_is_restored():

@@ -109,9 +109,10 @@ def _visible(scores: torch.Tensor, diagonal: int) -> torch.Tensor:
 
 
 def _is_traced(scores: torch.Tensor) -> bool:
-    """True where values may not be looked at: compilers, fake tensors and other subclasses, vmap."""
+    """True where values may not be looked at: compilers, vmap, tracing modes, fake tensors and other subclasses."""
     return (
         torch.compiler.is_compiling()
         or type(scores) not in (torch.Tensor, torch.nn.Parameter)
         or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -128,14 +128,14 @@ def _hidden(up: torch.Tensor, gate: torch.Tensor | None, activation: str) -> tor
     if gate is None:
         return _activate(up, activation)
     gate = _activate(gate, activation)
-    return gate * up if _in_graph(gate) or _in_graph(up) else gate.mul_(up)
+    return gate.mul_(up) if _may_overwrite(gate, up) else gate * up
 
 
 def _activate(z: torch.Tensor, activation: str) -> torch.Tensor:
     """act(z); overwrites z, which must be nobody else's, unless a graph needs it."""
     if activation == "relu":
         return F.relu_(z)  # its gradient is known from its result
-    in_place = not _in_graph(z)
+    in_place = _may_overwrite(z)
     if activation == "silu":
         return F.silu(z, inplace=in_place)
     approximate = "tanh" if activation == "gelu_tanh" else "none"
@@ -160,8 +160,11 @@ def _kept(seed: torch.Tensor | None, p: float, h: torch.Tensor) -> torch.Tensor:
     return keep.view(h.shape).to(h.dtype).div_(1.0 - p)
 
 
-def _in_graph(t: torch.Tensor) -> bool:
-    return torch.is_grad_enabled() and t.requires_grad
+def _may_overwrite(*tensors: torch.Tensor) -> bool:
+    """Whether no graph needs these values and no transform or compiler, which fuses anyway, is at work."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def _rows(t: torch.Tensor) -> torch.Tensor:
