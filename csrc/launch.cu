@@ -5,11 +5,13 @@
 namespace transfuse {
 namespace {
 
-struct ContextCalls {
-  CUresult (*get)(CUcontext*) = nullptr;
-  CUresult (*set)(CUcontext) = nullptr;
-  CUresult (*device)(CUdevice*) = nullptr;
-  cudaError_t error = cudaSuccess;
+struct Driver {
+  CUresult (*get_current)(CUcontext*) = nullptr;
+  CUresult (*set_current)(CUcontext) = nullptr;
+  CUresult (*current_device)(CUdevice*) = nullptr;
+  CUresult (*retain_primary)(CUcontext*, CUdevice) = nullptr;
+  CUresult (*release_primary)(CUdevice) = nullptr;
+  cudaError_t error = cudaErrorInitializationError;
 };
 
 template <typename F>
@@ -23,36 +25,44 @@ cudaError_t find(const char* name, F& function) {
   return cudaSuccess;
 }
 
-// Looked up at the first launch. A failure is looked up again at the next one: the driver may be there by then.
-const ContextCalls& context_calls() {
-  static thread_local ContextCalls calls;
-  if (calls.device == nullptr) {
-    calls.error = find("cuCtxGetCurrent", calls.get);
-    if (calls.error == cudaSuccess) calls.error = find("cuCtxSetCurrent", calls.set);
-    if (calls.error == cudaSuccess) calls.error = find("cuCtxGetDevice", calls.device);
+// Looked up at a thread's first launch. A failure is looked up again at the next: the driver may be there by then.
+const Driver& driver() {
+  static thread_local Driver calls;
+  if (calls.error != cudaSuccess) {
+    calls.error = find("cuCtxGetCurrent", calls.get_current);
+    if (calls.error == cudaSuccess) calls.error = find("cuCtxSetCurrent", calls.set_current);
+    if (calls.error == cudaSuccess) calls.error = find("cuCtxGetDevice", calls.current_device);
+    if (calls.error == cudaSuccess) calls.error = find("cuDevicePrimaryCtxRetain", calls.retain_primary);
+    if (calls.error == cudaSuccess) calls.error = find("cuDevicePrimaryCtxRelease", calls.release_primary);
   }
   return calls;
 }
 
 }  // namespace
 
-DeviceGuard::DeviceGuard(int device, const Call& call) {
-  const ContextCalls& calls = context_calls();
+DeviceGuard::DeviceGuard(int device, const Call& call) : device_(device) {
+  constexpr const char* kDoing = "choosing the device";  // CUresult and cudaError_t share their numbers
+  const Driver& calls = driver();
   check_cuda(calls.error, call, "loading the driver");
-  CUcontext current = nullptr;
+  CUcontext current = nullptr, primary = nullptr;
   CUdevice current_device = -1;
-  // A fresh process may not have initialised the driver yet; cudaSetDevice below then does.
-  if (calls.get(&current) == CUDA_SUCCESS && current && calls.device(&current_device) == CUDA_SUCCESS &&
-      current_device == device) {
+  check_cuda(calls.get_current(&current), call, kDoing);
+  if (current && calls.current_device(&current_device) == CUDA_SUCCESS && current_device == device) {
     return;  // the usual case, two calls of some 20 ns
   }
+  check_cuda(calls.retain_primary(&primary, device), call, kDoing);
+  if (const CUresult result = calls.set_current(primary)) {
+    calls.release_primary(device);
+    check_cuda(result, call, kDoing);
+  }
   previous_ = current;
-  check_cuda(cudaSetDevice(device), call, "choosing the device");
   restore_ = true;
 }
 
 DeviceGuard::~DeviceGuard() {
-  if (restore_) context_calls().set(static_cast<CUcontext>(previous_));
+  if (!restore_) return;
+  driver().set_current(static_cast<CUcontext>(previous_));
+  driver().release_primary(device_);
 }
 
 }  // namespace transfuse

@@ -16,8 +16,9 @@ struct LaunchTarget {
   cudaStream_t stream;
 };
 
-// Makes `device` current for one scope. It saves and restores the driver's current context rather than the runtime's
-// device number: restoring by number would create a context (some 500 MB) on a device that nobody had used yet.
+// Makes `device` current for one scope, by the driver's contexts rather than the runtime's device number: restoring by
+// number would create a context (some 500 MB) on a device that nobody had used yet, and torch's runtime and this one
+// each keep a number of their own, while the thread's current context is one for both.
 class DeviceGuard {
  public:
   DeviceGuard(int device, const Call& call);
@@ -26,6 +27,7 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  const int device_;
   void* previous_ = nullptr;  // CUcontext
   bool restore_ = false;
 };
