@@ -58,7 +58,7 @@ def run(console: Console, *, seed: int, recipe: Recipe, out: Path, weights: bool
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(seed)
     console.print(f"[bold]transfuse demo[/bold] on {_where(device)}")
-    console.print(_why_this_backend(device))
+    console.print(_why_this_backend(device), soft_wrap=True)
     ok = _check_ops(console, device, dtype, seed)
     if weights:
         from transfuse.demo.real_models import show_real_models

@@ -103,7 +103,7 @@ def _attention_varlen(normal: Normal, device: torch.device) -> Case:
 
 def _attention_decode(normal: Normal, device: torch.device) -> Case:
     batch, heads, kv_heads, room, dim = 4, 8, 2, 512, 64
-    lengths = torch.tensor([512, 77, 300, 1], dtype=torch.int32, device=device)
+    lengths = torch.tensor([512, 77, 300, 40], dtype=torch.int32, device=device)
     tensors = {
         "q": normal(batch, heads, 1, dim),
         "k": normal(batch, kv_heads, room, dim),
@@ -181,7 +181,7 @@ def _causal_softmax(normal: Normal) -> Case:
 
 
 def _layer_norm(normal: Normal) -> Case:
-    rows, hidden = 1024, 768
+    rows, hidden = 256, 768
     tensors = {"x": normal(rows, hidden), "r": normal(rows, hidden), "w": normal(hidden), "b": normal(hidden)}
 
     def op(t: Tensors, backend: str | None) -> torch.Tensor:
@@ -196,7 +196,7 @@ def _layer_norm(normal: Normal) -> Case:
 
 
 def _rms_norm(normal: Normal) -> Case:
-    rows, hidden = 1024, 768
+    rows, hidden = 256, 768
     tensors = {"x": normal(rows, hidden), "r": normal(rows, hidden), "w": normal(hidden)}
 
     def op(t: Tensors, backend: str | None) -> torch.Tensor:
