@@ -7,7 +7,7 @@ import math
 import torch
 
 from transfuse.errors import ArgumentError, DtypeError
-from transfuse.ops import _validate
+from transfuse.ops import _autocast, _validate
 from transfuse.ops.attention.variant import Variant
 
 Window = tuple[int, int]
@@ -16,7 +16,7 @@ Window = tuple[int, int]
 def autocasting(op: str, q: torch.Tensor) -> bool:
     """Whether autocast is on where q stands."""
     _validate.floating(op, "q", q)
-    return torch.is_autocast_enabled(q.device.type)
+    return _autocast.active(q)
 
 
 def autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -18,21 +18,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from transfuse.ops.attention.variant import Variant, distances, per_head, shift, unlimited, visible
+from transfuse.ops.attention.variant import Variant, distances, per_head, shift, statistics_dtype, unlimited, visible
 
-_flash = torch._scaled_dot_product_flash_attention_for_cpu
+flash = torch._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
-def why_not(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> str | None:
-    """Why ATen's flash attention cannot say this call, or None."""
-    if q.device.type != "cpu":
-        return "the tensors are not on the CPU"
-    if variant.softcap > 0 or variant.dropout_p > 0:
-        return "it has neither soft capping nor dropout"
-    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
-        return "a dimension is empty"
-    return None
+def says(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> bool:
+    """Whether ATen's flash attention can compute this call."""
+    if q.device.type != "cpu" or variant.softcap > 0 or variant.dropout_p > 0:
+        return False
+    return not (0 in q.shape or 0 in k.shape or 0 in v.shape)
 
 
 def forward(
@@ -50,7 +46,7 @@ def forward(
         mask = added if added is None or added.shape[1] == 1 else added.reshape(added.shape[0], *rows, added.shape[3])
     else:
         mask = added
-    out, lse = _flash(queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=variant.scale)
+    out, lse = flash(queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=variant.scale)
     if grouped:
         out, lse = out.reshape(*q.shape[:3], wide), lse.reshape(q.shape[:3])
     if wide > v.shape[3]:
@@ -75,9 +71,8 @@ def backward(
     variant: Variant,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), given the lse with sinks, if any."""
-    added, is_causal = additive(q, k, variant, False)
+    added, is_causal = additive(q, k, variant)
     lse = lse.masked_fill(lse == -torch.inf, 0)
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     v_width = v.shape[3]
     if dlse is not None:
         dlse = dlse.unsqueeze(-1)
@@ -85,25 +80,42 @@ def backward(
         dout = torch.cat([dout, high, (dlse - high).to(v.dtype)], -1)
         v, out = torch.cat([v, v.new_ones(*v.shape[:3], 2)], -1), F.pad(out, (0, 2))
     wide = max(q.shape[3], v.shape[3])
-    keys, values = k, v
-    if group > 1 and q.dtype in (torch.bfloat16, torch.float16):
-        keys, values = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    dout, queries, keys, v, out = (_columns(x, wide) for x in (dout, q, k, v, out))
+    dq, dk, dv = gradients(dout, queries, keys, v, out, lse, added, is_causal, variant.scale)
+    return dq[..., : q.shape[3]], dk[..., : q.shape[3]], dv[..., :v_width]
+
+
+def gradients(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    added: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) for equally wide tensors; lse is finite."""
+    dout = steppable(dout)
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    if group == 1 or q.dtype in (torch.float32, torch.float64):
+        dq, dk, dv = _flash_backward(dout, q, k, v, out, lse, 0.0, is_causal, attn_mask=added, scale=scale)
+        return dq, dk, dv
     dq, dk, dv = _flash_backward(
-        _columns(dout, wide),
-        _columns(q, wide),
-        _columns(keys, wide),
-        _columns(values, wide),
-        _columns(out, wide),
+        dout,
+        q,
+        k.repeat_interleave(group, 1),
+        v.repeat_interleave(group, 1),
+        out,
         lse,
         0.0,
         is_causal,
         attn_mask=added,
-        scale=variant.scale,
+        scale=scale,
     )
-    if keys is not k:
-        dk = dk.unflatten(1, (kv_heads, group)).sum(2, dtype=torch.float32).to(k.dtype)
-        dv = dv.unflatten(1, (kv_heads, group)).sum(2, dtype=torch.float32).to(v.dtype)
-    return dq[..., : q.shape[3]], dk[..., : q.shape[3]], dv[..., :v_width]
+    dk, dv = (x.unflatten(1, (kv_heads, group)).sum(2, dtype=torch.float32).to(k.dtype) for x in (dk, dv))
+    return dq, dk, dv
 
 
 def additive(
@@ -115,21 +127,21 @@ def additive(
     """
     q_len, k_len = q.shape[2], k.shape[2]
     first = shift(variant, q_len, k_len)
-    bias, seen = variant.bias, variant.mask
+    bias, seen, slopes = variant.bias, variant.mask, variant.alibi_slopes
     if bias is not None and bias.dtype != q.dtype and (bias.dtype != torch.float32 or q.dtype == torch.float64):
         bias = bias.to(q.dtype)
-    is_causal = False
-    if variant.alibi_slopes is not None or not unlimited(variant, q_len, k_len):
+    limited, is_causal = not unlimited(variant, q_len, k_len), False
+    top_left = first == 0 and variant.right == 0 and (variant.left < 0 or variant.left >= q_len - 1)
+    alone = bias is None and seen is None and slopes is None
+    if limited and top_left and q_len > 1 and (alone or not with_mask):
+        limited, is_causal = False, True
+    if slopes is not None or limited:
         q_positions = torch.arange(first, first + q_len, device=q.device)
         k_positions = torch.arange(k_len, device=q.device)
-        if variant.alibi_slopes is not None:
-            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-            slant = -per_head(variant.alibi_slopes).to(wide) * distances(q_positions, k_positions)
+        if slopes is not None:
+            slant = -per_head(slopes).to(statistics_dtype(q)) * distances(q_positions, k_positions)
             bias = slant if bias is None else slant + bias
-        top_left = first == 0 and variant.right == 0 and (variant.left < 0 or variant.left >= q_len - 1)
-        if top_left and q_len > 1 and not (with_mask and (bias is not None or seen is not None)):
-            is_causal = True
-        if not is_causal and not unlimited(variant, q_len, k_len):
+        if limited:
             near = visible(q_positions, k_positions, variant.left, variant.right)[None, None]
             seen = near if seen is None else seen & near
     if seen is None:
@@ -143,4 +155,9 @@ def _columns(x: torch.Tensor, width: int) -> torch.Tensor:
     """x with zero columns up to this width, and rows that a matrix product can step through."""
     if x.shape[3] < width:
         return F.pad(x, (0, width - x.shape[3]))
-    return x.contiguous() if x.stride(3) != 1 or x.stride(2) < width else x
+    return steppable(x)
+
+
+def steppable(x: torch.Tensor) -> torch.Tensor:
+    """x with rows that a matrix product can step through."""
+    return x.contiguous() if x.stride(3) != 1 or x.stride(2) < x.shape[3] else x

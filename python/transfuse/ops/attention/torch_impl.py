@@ -16,12 +16,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from transfuse.ops.attention import philox, torch_chunks, torch_explicit, torch_flash
+from transfuse.ops.attention import philox, torch_eager, torch_explicit, torch_flash
+from transfuse.ops.attention.torch_eager import Gradients
 from transfuse.ops.attention.variant import Variant, shift, unlimited, visible_columns
-
-Gradients = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]
 
 _FEW_SCORES = 1 << 23
 """Up to here (32 MB in fp32) keeping P for backward is faster than computing it again."""
@@ -41,15 +38,19 @@ def attention(
         k, v, variant = _hide_unseen(q, k, v, variant)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return _traced(q, k, v, variant, with_lse)
-    differentiable = torch.is_grad_enabled() and _requires_grad(q, k, v, *variant[:4])
+    differentiable = torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or _requires_grad(*variant[1:4])
+    )
     if _prefers_explicit(q, k, v, variant, differentiable):
         return torch_explicit.attention(q, k, v, variant, draw_keep(q, k, variant), with_lse)
-    if q.device.type != "cpu" and not with_lse and _sdpa_says(q, k, v, variant):
-        return _sdpa(q, k, v, variant), None
-    if not differentiable:
-        return forward(q, k, v, variant, draw_keep(q, k, variant), with_lse)
+    if not with_lse and variant.sinks is None and _aten_says(q, k, v, variant, differentiable):
+        return _aten(q, k, v, variant, differentiable), None
     keep = draw_keep(q, k, variant)
-    out, lse = _Attention.apply(q, k, v, variant.bias, variant.alibi_slopes, variant.sinks, keep, variant, with_lse)
+    if not differentiable:
+        return torch_eager.forward(q, k, v, variant, keep, with_lse)
+    out, lse = torch_eager.Attention.apply(
+        q, k, v, variant.bias, variant.alibi_slopes, variant.sinks, keep, variant, with_lse
+    )
     return out, lse if with_lse else None
 
 
@@ -57,7 +58,7 @@ def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); seed: int64 (2,), read under dropout."""
-    return forward(q, k, v, variant, keep_of(variant, seed, q, k), True)
+    return torch_eager.forward(q, k, v, variant, keep_of(variant, seed, q, k), True)
 
 
 def attention_backward(
@@ -73,7 +74,7 @@ def attention_backward(
     want: tuple[bool, bool, bool] = (True, True, True),
 ) -> Gradients:
     """(dq, dk, dv, dbias, dalibi_slopes, dsinks); ``want`` says which of the last three to compute if they exist."""
-    return backward(dout, dlse, q, k, v, out, lse, variant, keep_of(variant, seed, q, k), want)
+    return torch_eager.backward(dout, dlse, q, k, v, out, lse, variant, keep_of(variant, seed, q, k), want)
 
 
 def keep_of(variant: Variant, seed: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
@@ -102,99 +103,6 @@ def attention_weights_forward(q: torch.Tensor, k: torch.Tensor, lse: torch.Tenso
     return attention_weights(q, k, lse, variant)
 
 
-class _Attention(torch.autograd.Function):
-    """The tensors that may want a gradient come first; the variant holds them too, for reading alone."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias, slopes, sinks, keep, variant, with_lse):  # type: ignore[no-untyped-def]
-        out, lse = forward(q, k, v, variant, keep, with_lse)
-        ctx.save_for_backward(q, k, v, bias, slopes, sinks, variant.mask, keep, out, lse)
-        ctx.variant = variant._replace(mask=None, bias=None, alibi_slopes=None, sinks=None)
-        ctx.set_materialize_grads(False)
-        if not with_lse:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-        q, k, v, bias, slopes, sinks, mask, keep, out, lse = ctx.saved_tensors
-        variant = ctx.variant._replace(mask=mask, bias=bias, alibi_slopes=slopes, sinks=sinks)
-        if dout is None and dlse is None:
-            return (None,) * 9
-        if torch.is_grad_enabled():
-            grads = _recompute(ctx.needs_input_grad[:6], dout, dlse, q, k, v, variant, keep)
-            return *grads, None, None, None
-        dout = torch.zeros_like(out) if dout is None else dout
-        grads = backward(dout, dlse, q, k, v, out, lse, variant, keep, ctx.needs_input_grad[3:6])
-        return *grads, None, None, None
-
-
-def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, keep: torch.Tensor | None, with_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if torch_flash.why_not(q, k, v, variant) is None and not _narrow(q, k, variant):
-        return torch_flash.forward(q, k, v, variant, with_lse)
-    return torch_chunks.forward(q, k, v, variant, keep)
-
-
-def backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    variant: Variant,
-    keep: torch.Tensor | None,
-    want: tuple[bool, bool, bool],
-) -> Gradients:
-    bias, slopes = want[0] and variant.bias is not None, want[1] and variant.alibi_slopes is not None
-    dbias = dslopes = None
-    if bias or slopes or torch_flash.why_not(q, k, v, variant) is not None or _narrow(q, k, variant):
-        dq, dk, dv, dbias, dslopes = torch_chunks.backward(dout, dlse, q, k, v, out, lse, variant, keep, bias, slopes)
-        dbias = None if dbias is None else dbias.to(variant.bias.dtype)  # type: ignore[union-attr]
-        dslopes = None if dslopes is None else dslopes.to(variant.alibi_slopes.dtype)  # type: ignore[union-attr]
-    else:
-        dq, dk, dv = torch_flash.backward(dout, dlse, q, k, v, out, lse, variant)
-    return dq, dk, dv, dbias, dslopes, _sinks_gradient(dout, dlse, out, lse, variant.sinks) if want[2] else None
-
-
-def _sinks_gradient(
-    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
-) -> torch.Tensor | None:
-    """The sink is a key with a value of 0, so dS = P * (0 - delta) with P = exp(sink - lse)."""
-    if sinks is None:
-        return None
-    statistic = torch_chunks.delta(dout, dlse, out, lse.dtype)
-    p = (sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
-    return -(p * statistic).sum((0, 2)).to(sinks.dtype)
-
-
-def _recompute(
-    needed: tuple[bool, ...],
-    dout: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    variant: Variant,
-    keep: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, ...]:
-    """First gradients that can themselves be differentiated."""
-    inputs = (q, k, v, variant.bias, variant.alibi_slopes, variant.sinks)
-    fresh = [t.view_as(t) if t is not None and n else t for t, n in zip(inputs, needed, strict=True)]
-    variant = variant._replace(bias=fresh[3], alibi_slopes=fresh[4], sinks=fresh[5])
-    with_lse = dlse is not None
-    outputs = torch_explicit.attention(*fresh[:3], variant, keep, with_lse)  # type: ignore[call-arg, arg-type]
-    pairs = [(o, g) for o, g in zip(outputs, (dout, dlse), strict=True) if o is not None and g is not None]
-    wanted = [t for t, n in zip(fresh, needed, strict=True) if n and t is not None]
-    found = iter(
-        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
-    )
-    return tuple(next(found) if n else None for n in needed)
-
-
 def _traced(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -204,6 +112,32 @@ def _traced(
     if variant.dropout_p > 0:
         keep = torch.rand((*q.shape[:3], k.shape[2]), device=q.device) >= variant.dropout_p
     return torch_explicit.attention(q, k, v, variant, keep, with_lse)
+
+
+def _aten_says(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, differentiable: bool) -> bool:
+    """Whether one op of ATen's is the whole answer."""
+    if q.device.type != "cpu":
+        return _sdpa_says(q, k, v, variant)
+    if not torch_flash.says(q, k, v, variant) or torch_eager.narrow(q, k, variant):
+        return False
+    if not differentiable:
+        return True
+    return q.shape[3] == v.shape[3] and not _requires_grad(variant.bias, variant.alibi_slopes)
+
+
+def _aten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, differentiable: bool) -> torch.Tensor:
+    if q.device.type != "cpu":
+        return _sdpa(q, k, v, variant)
+    if differentiable:
+        added, is_causal = torch_flash.additive(q, k, variant)
+        q, k, v = torch_flash.steppable(q), torch_flash.steppable(k), torch_flash.steppable(v)
+        out: torch.Tensor = torch_eager.Flash.apply(q, k, v, added, is_causal, variant.scale)
+        return out
+    one_row_of_groups = q.shape[2] == 1 and k.shape[1] != q.shape[1]
+    two_masks = variant.right == 0 and (variant.mask is not None or variant.bias is not None)
+    if one_row_of_groups or two_masks or variant.alibi_slopes is not None:
+        return torch_flash.forward(q, k, v, variant, False)[0]
+    return _sdpa(q, k, v, variant)  # the same kernel at the lowest cost of a call
 
 
 def _sdpa_says(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> bool:
@@ -247,20 +181,13 @@ def _hide_unseen(
     return k[:, :, low:high], v[:, :, low:high], variant
 
 
-def _narrow(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> bool:
-    """Whether so few keys are inside the window that skipping the others beats a faster kernel on all of them."""
-    if variant.left < 0 or variant.right < 0:
-        return False
-    return 2 * (variant.left + variant.right + torch_chunks.WINDOW_ROWS) < k.shape[2] and q.shape[2] > 1
-
-
 def _prefers_explicit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, differentiable: bool
 ) -> bool:
     count = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     if count > _FEW_SCORES:
         return False
-    if torch_flash.why_not(q, k, v, variant) is not None:
+    if not torch_flash.says(q, k, v, variant):
         return q.device.type == "cpu"
     if differentiable and _requires_grad(variant.bias, variant.alibi_slopes):
         return True

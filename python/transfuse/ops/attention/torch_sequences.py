@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from transfuse.ops.attention import torch_explicit, torch_impl
-from transfuse.ops.attention.torch_impl import Gradients
+from transfuse.ops.attention import torch_eager, torch_explicit, torch_impl
+from transfuse.ops.attention.torch_eager import Gradients
 from transfuse.ops.attention.variant import Variant, corner, distances, per_head, rows_of, statistics_dtype, visible
 
 Dense = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
@@ -206,7 +206,7 @@ def forward(
     for part in parts:
         some = rows_of(variant, part.rows, part.q_len, part.k_len)
         mask = corner(keep, part.rows, part.q_len, part.k_len)
-        part_out, part_lse = torch_impl.forward(part.q(q), part.k(k), part.k(v), some, mask, True)
+        part_out, part_lse = torch_eager.forward(part.q(q), part.k(k), part.k(v), some, mask, True)
         part.q(out).copy_(part_out)
         part.lse(lse).copy_(part_lse)
     return out, lse
@@ -233,7 +233,7 @@ def backward(
     )
     for part in parts:
         size = (part.rows, part.q_len, part.k_len)
-        grads = torch_impl.backward(
+        grads = torch_eager.backward(
             part.q(dout),
             None if dlse is None else part.lse(dlse),
             part.q(q),
