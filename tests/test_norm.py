@@ -254,6 +254,19 @@ def test_autocast_computes_in_fp32(kind):
     assert torch.equal(y, expected)
 
 
+def test_autocast_takes_a_stream_of_another_dtype():
+    x, r, w = torch.randn(4, 16, dtype=torch.bfloat16), torch.randn(4, 16), torch.randn(16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, summed = layer_norm(x, w, w, residual=r)
+    assert torch.equal(summed, x.float() + r)
+
+
+def test_meta_tensors(kind):
+    x, w = torch.empty(3, 8, device="meta"), torch.empty(8, device="meta")
+    y = layer_norm(x, w, None) if kind == "layer_norm" else rms_norm(x, w)
+    assert (y.shape, y.device.type) == (x.shape, "meta")
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 

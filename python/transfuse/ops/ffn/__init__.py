@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from transfuse.backends import choose
 from transfuse.errors import ArgumentError
-from transfuse.ops import _registry, _validate
+from transfuse.ops import _autocast, _registry, _validate
 from transfuse.ops.attention.philox import draw_seed
 from transfuse.ops.ffn import reference, torch_impl
 
@@ -70,7 +70,7 @@ def ffn(
     if name == "reference":
         scale = F.dropout(x.new_ones(*x.shape[:-1], w1.shape[0]), dropout_p) if dropout_p > 0.0 else None
         return reference.ffn(x, w1, b1, w2, b2, activation, w_gate, scale)
-    x, w1, b1, w2, b2, w_gate = _autocast(x.device.type, x, w1, b1, w2, b2, w_gate)
+    x, w1, b1, w2, b2, w_gate = _cast(x, w1, b1, w2, b2, w_gate)
     seed = draw_seed() if dropout_p > 0.0 else None
     save = _needs_graph(x, w1, b1, w2, b2, w_gate)
     return torch.ops.transfuse.ffn(x, w1, b1, w2, b2, w_gate, activation, dropout_p, seed, save, name)[0]
@@ -106,7 +106,7 @@ def linear_act(
     name = choose("linear_act", x.device, backend, lambda k: _why_not(k, "linear_act", x, w))
     if name in ("torch", "reference"):
         return (torch_impl if name == "torch" else reference).linear_act(x, w, b, activation)
-    x, w, b = _autocast(x.device.type, x, w, b)
+    x, w, b = _cast(x, w, b)
     return torch.ops.transfuse.linear_act(x, w, b, activation, _needs_graph(x, w, b), name)[0]
 
 
@@ -145,7 +145,7 @@ def _check_linear(op: str, x: torch.Tensor, w_name: str, w: torch.Tensor, b_name
 def _check_parameter(op: str, name: str, t: torch.Tensor, shape: Any, x: torch.Tensor) -> None:
     _validate.floating(op, name, t)
     _validate.shape(op, name, t, shape)
-    if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if t.dtype != x.dtype and not _autocast.active(x):
         _validate.dtype(op, name, t, (x.dtype,), "x's dtype; cast one of them or use torch.autocast")
     _validate.same_device(op, name, t, x, "x")
 
@@ -155,11 +155,12 @@ def _check_activation(op: str, activation: str) -> None:
         raise ArgumentError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def _autocast(device_type: str, *tensors: torch.Tensor | None) -> Any:
+def _cast(x: torch.Tensor, *others: torch.Tensor | None) -> Any:
     """What ATen's linear does on its own under autocast: everything but fp64 in the autocast dtype."""
-    if not torch.is_autocast_enabled(device_type):
+    tensors = (x, *others)
+    if not _autocast.active(x):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 

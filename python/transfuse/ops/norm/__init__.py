@@ -13,7 +13,7 @@ import torch
 
 from transfuse.backends import choose
 from transfuse.errors import ArgumentError
-from transfuse.ops import _registry, _validate
+from transfuse.ops import _autocast, _registry, _validate
 from transfuse.ops.norm import reference, torch_impl
 
 __all__ = ["layer_norm", "rms_norm"]
@@ -68,9 +68,10 @@ def layer_norm(
     >>> y.mean().abs().item() < 1e-6, s[0, 3].item()
     (True, 4.0)
     """
-    _check("layer_norm", x, weight, bias, eps, residual)
-    if torch.is_autocast_enabled(x.device.type):
+    _validate.floating("layer_norm", "x", x)
+    if _autocast.active(x):
         x, weight, bias, residual = _float(x), _float(weight), _float(bias), _float(residual)
+    _check("layer_norm", x, weight, bias, eps, residual)
     name = choose("layer_norm", x.device, backend, lambda b: _why_not(b, x, weight))
     if name in ("torch", "reference"):
         plain = torch_impl if name == "torch" else reference
@@ -114,9 +115,10 @@ def rms_norm(
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), None, eps=0.0).square().mean().item()
     1.0
     """
-    _check("rms_norm", x, weight, None, eps, residual)
-    if torch.is_autocast_enabled(x.device.type):
+    _validate.floating("rms_norm", "x", x)
+    if _autocast.active(x):
         x, weight, residual = _float(x), _float(weight), _float(residual)
+    _check("rms_norm", x, weight, None, eps, residual)
     name = choose("rms_norm", x.device, backend, lambda b: _why_not(b, x, weight, "rms_norm"))
     if name in ("torch", "reference"):
         plain = torch_impl if name == "torch" else reference
@@ -138,7 +140,6 @@ def _check(
     eps: float,
     residual: torch.Tensor | None,
 ) -> None:
-    _validate.floating(op, "x", x)
     if x.dim() == 0:
         raise ArgumentError(f"{op}: x must have at least one dimension, got a scalar")
     if not eps >= 0:
