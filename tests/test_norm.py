@@ -47,19 +47,25 @@ def run(kind, tensors, backend, grads=("x", "weight", "bias", "residual"), **opt
         y, summed = formula(**{"residual": None, **kw})
         return (y, summed) if both else y
 
+    grad_outputs = [torch.randn_like(tensors["x"]) for _ in range(1 + both)]
+    sizes = aten_sizes(tensors, grad_outputs, eps)
+    if backend == "cuda" and kind == "layer_norm":
+        del sizes["y"]  # its forward is ours, its backward ATen's
     return check(
         lambda **kw: op(**kw, backend=backend),
         spec,
         tensors,
         grads=grads,
         names=("y", "summed") if both else ("y",),
-        sizes=aten_sizes(tensors, eps) if backend == "torch" else None,
+        grad_outputs=grad_outputs,
+        sizes=sizes if backend in ("torch", "cuda") else None,
         eps=eps,
     )
 
 
-def aten_sizes(tensors, eps):
-    """ATen folds the mean into one multiply-add (x * rstd - mean * rstd), so it rounds at the size of x * rstd.
+def aten_sizes(tensors, grad_outputs, eps):
+    """Intermediates of ATen's layer norm: it folds the mean into multiply-adds (x * rstd - mean * rstd; in backward
+    g * rstd + b * x + c with b of size g * x * rstd^3), so it rounds at their size and not at that of the result.
 
     Our kernels subtract the mean first and get no such allowance.
     """
@@ -67,8 +73,10 @@ def aten_sizes(tensors, eps):
     rstd = ((x - x.mean(-1, keepdim=True)).square().mean(-1) + eps).rsqrt().max().item()
     size = x.abs().max().item() * rstd
     gain = 1.0 if tensors["weight"] is None else tensors["weight"].abs().max().item()
+    g = max(t.abs().max().item() for t in grad_outputs)
+    dx = g * gain * rstd * max(1.0, size) ** 2
     rows = x.numel() // x.shape[-1]
-    return {"y": size * gain, "dx": size * gain * rstd, "dresidual": size * gain * rstd, "dweight": size * rows}
+    return {"y": size * gain, "dx": dx, "dresidual": dx, "dweight": g * size * rows}
 
 
 @pytest.fixture(params=["layer_norm", "rms_norm"])
