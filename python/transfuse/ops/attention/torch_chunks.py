@@ -1,7 +1,8 @@
 """Attention in plain PyTorch, block by block: every feature, never more than one block of scores in memory.
 
 A block is a few batch rows and a run of query rows against the keys that those rows can see, sized to stay in cache.
-Scores are computed in fp32 (fp64 for fp64). Backward recomputes P from lse:
+Scores are fp32 (fp64 for fp64); products of low-precision matrices are formed in that precision. Backward recomputes P
+from lse:
 
     dV += (D P)^T dO      dS = P * (D (dO V^T) - delta)      delta = rowsum(dO * O) - dlse
     dQ  = scale dS K      dK += scale dS^T Q                 dbias = dS summed over its broadcast dimensions
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from transfuse.ops.attention.torch_explicit import fold, products
 from transfuse.ops.attention.variant import (
     Variant,
     distances,
@@ -97,14 +99,14 @@ def backward(
         s, capped = _scores(q, k, variant, block, wide)
         row_lse = lse[block.batch, :, rows, None]
         p = s.sub_(row_lse.masked_fill(row_lse == -torch.inf, 0)).exp_()
-        g = _fold(dout[block.batch, :, rows], k.shape[1]).to(wide)
-        dp = (g @ v[block.batch, :, columns].mT.to(wide)).view(p.shape)
+        g = fold(dout[block.batch, :, rows], k.shape[1])
+        dp = (g @ v[block.batch, :, columns].mT).to(wide).view(p.shape)
         dropped = p
         if keep is not None:
             scaled = _cut(keep, block).to(wide).div_(1 - variant.dropout_p)
             dp *= scaled
             dropped = p * scaled
-        dv[block.batch, :, columns] += _fold(dropped, k.shape[1]).mT @ g
+        dv[block.batch, :, columns] += fold(dropped, k.shape[1]).to(g.dtype).mT @ g
         ds = dp.sub_(statistic[block.batch, :, rows, None]).mul_(p)
         if dbias is not None:
             target = _cut(dbias, block)
@@ -113,9 +115,9 @@ def backward(
             dslopes[block.batch] -= (ds * _distances(q, k, variant, block)).sum((-2, -1), keepdim=True)
         if capped is not None:
             ds *= capped.square_().neg_().add_(1)
-        ds = _fold(ds, k.shape[1]).mul_(variant.scale)
-        dq[block.batch, :, rows] = (ds @ k[block.batch, :, columns].to(wide)).view(*p.shape[:3], -1)
-        dk[block.batch, :, columns] += ds.mT @ _fold(q[block.batch, :, rows], k.shape[1]).to(wide)
+        ds = fold(ds, k.shape[1]).mul_(variant.scale).to(q.dtype)
+        dq[block.batch, :, rows] = (ds @ k[block.batch, :, columns]).view(*p.shape[:3], q.shape[3])
+        dk[block.batch, :, columns] += ds.mT @ fold(q[block.batch, :, rows], k.shape[1])
     if dslopes is not None and variant.alibi_slopes is not None:
         dslopes = dslopes.flatten(1).sum_to_size(variant.alibi_slopes.shape)
     return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dslopes
@@ -148,9 +150,7 @@ def _scores(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(s, tanh of the capped scores or None), each (block batch, heads, block rows, block columns)."""
     rows, columns = slice(*block.rows), slice(*block.columns)
-    queries = q[block.batch, :, rows].to(wide) * (variant.scale / (variant.softcap or 1.0))
-    s = _fold(queries, k.shape[1]) @ k[block.batch, :, columns].mT.to(wide)
-    s = s.view(*queries.shape[:3], s.shape[-1])
+    s = products(q[block.batch, :, rows], k[block.batch, :, columns], variant.scale / (variant.softcap or 1.0))
     capped = None
     if variant.softcap > 0:
         capped = s.tanh_()
@@ -173,15 +173,8 @@ def _distances(q: torch.Tensor, k: torch.Tensor, variant: Variant, block: Block)
 
 
 def _times_keys(s: torch.Tensor, v: torch.Tensor, block: Block, wide: torch.dtype) -> torch.Tensor:
-    values = v[block.batch, :, slice(*block.columns)].to(wide)
-    return (_fold(s, v.shape[1]) @ values).view(*s.shape[:3], v.shape[3])
-
-
-def _fold(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(batch, heads, rows, n) -> (batch, kv_heads, group * rows, n): queries that share keys in one matrix."""
-    if x.shape[1] == kv_heads:
-        return x
-    return x.reshape(x.shape[0], kv_heads, x.shape[1] // kv_heads * x.shape[2], x.shape[3])
+    values = v[block.batch, :, slice(*block.columns)]
+    return (fold(s, v.shape[1]).to(v.dtype) @ values).to(wide).view(*s.shape[:3], v.shape[3])
 
 
 def _cut(t: torch.Tensor, block: Block) -> torch.Tensor:
@@ -217,7 +210,7 @@ def weights_backward(
         dslopes = slope.sum_to_size(variant.alibi_slopes.shape).to(variant.alibi_slopes.dtype)
     if capped is not None:
         ds *= capped.square_().neg_().add_(1)
-    ds = _fold(ds, k.shape[1]).mul_(variant.scale)
+    ds = fold(ds, k.shape[1]).mul_(variant.scale)
     dq = (ds @ k.to(wide)).view(q.shape).to(q.dtype)
-    dk = (ds.mT @ _fold(q, k.shape[1]).to(wide)).to(k.dtype)
+    dk = (ds.mT @ fold(q, k.shape[1]).to(wide)).to(k.dtype)
     return dq, dk, dlse, dbias, dslopes

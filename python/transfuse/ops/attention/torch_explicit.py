@@ -32,13 +32,13 @@ def attention(
         p = torch.softmax(s, -1)
     if keep is not None:
         p = p * keep / (1 - variant.dropout_p)
-    return (_fold(p.to(v.dtype), v.shape[1]) @ v).view(*p.shape[:3], v.shape[3]), lse
+    return (fold(p.to(v.dtype), v.shape[1]) @ v).view(*p.shape[:3], v.shape[3]), lse
 
 
 def scores(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> torch.Tensor:
     """s: (batch, heads, q_len, k_len) in fp32 (fp64 for fp64), -inf where a query does not see a key."""
     q_len, k_len = q.shape[2], k.shape[2]
-    s = _products(q, k, variant.scale)
+    s = products(q, k, variant.scale)
     if variant.softcap > 0:
         s = torch.tanh(s / variant.softcap) * variant.softcap
     if variant.bias is not None:
@@ -63,14 +63,14 @@ def may_hide_rows(variant: Variant, q_len: int, k_len: int) -> bool:
     return before or behind
 
 
-def _products(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+def products(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """scale * Q K^T. Low-precision products leave the matrix unit rounded to that precision, so the power of two in
     the scale, which rounds nothing, goes in before and keeps fp16 from overflowing; the rest is applied in fp32."""
     if q.dtype in (torch.float32, torch.float64):
-        s = _fold(q * scale, k.shape[1]) @ k.mT
+        s = fold(q * scale, k.shape[1]) @ k.mT
     else:
         rest, exponent = math.frexp(scale)
-        s = (_fold(q * 2.0**exponent, k.shape[1]) @ k.mT).float() * rest
+        s = (fold(q * 2.0**exponent, k.shape[1]) @ k.mT).float() * rest
     return s.view(*q.shape[:3], k.shape[2])
 
 
@@ -91,7 +91,7 @@ def _softmax(s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor,
     return p / total, (top + total.log()).masked_fill(empty, -torch.inf).squeeze(-1)
 
 
-def _fold(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def fold(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """(batch, heads, rows, n) -> (batch, kv_heads, group * rows, n): queries that share keys in one matrix."""
     if x.shape[1] == kv_heads:
         return x

@@ -22,6 +22,8 @@ from transfuse.ops.attention.variant import Variant, shift, unlimited, visible_c
 
 _FEW_SCORES = 1 << 23
 """Up to here (32 MB in fp32) keeping P for backward is faster than computing it again."""
+_FEW_LOW_SCORES = 1 << 21
+"""Up to here ATen's flash attention in low precision is slower, forward and backward together."""
 _FEW_ROWS = 16
 """Up to here ATen's flash attention in low precision spends its time converting keys."""
 
@@ -184,15 +186,18 @@ def _hide_unseen(
 def _prefers_explicit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, differentiable: bool
 ) -> bool:
-    count = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    if count > _FEW_SCORES:
-        return False
-    if not torch_flash.says(q, k, v, variant):
-        return q.device.type == "cpu"
-    if differentiable and _requires_grad(variant.bias, variant.alibi_slopes):
-        return True
+    """Whether keeping every score beats the alternatives."""
     low = q.dtype in (torch.bfloat16, torch.float16)
-    return low and (differentiable or q.shape[2] * q.shape[1] <= _FEW_ROWS * k.shape[1])
+    if (not low and not differentiable) or q.device.type != "cpu":
+        return False
+    count = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    if not torch_flash.says(q, k, v, variant) or (
+        differentiable and _requires_grad(variant.bias, variant.alibi_slopes)
+    ):
+        return count <= _FEW_SCORES
+    if differentiable:
+        return low and count <= _FEW_LOW_SCORES
+    return count <= _FEW_SCORES and q.shape[2] * q.shape[1] <= _FEW_ROWS * k.shape[1]
 
 
 def _requires_grad(*tensors: torch.Tensor | None) -> bool:
