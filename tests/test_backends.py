@@ -132,7 +132,8 @@ def test_import_brings_nothing_heavy():
 
 
 def test_import_costs_little_over_torch():
-    code = "import time, torch; a = time.perf_counter(); import transfuse; print(time.perf_counter() - a);"
+    # CPU seconds: the clock on the wall counts what other processes do meanwhile
+    code = "import time, torch; a = time.process_time(); import transfuse; print(time.process_time() - a)"
     assert min(float(run_python(code).stdout) for _ in range(3)) <= 0.3
 
 

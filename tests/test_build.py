@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import email
 import email.message
-import importlib.util
+import importlib.machinery
 import json
 import os
 import re
@@ -19,7 +19,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("pip", "setuptools", "cmake", "ninja", "pybind11")
-MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+# Not importlib.util.find_spec: looking for pip that way makes setuptools give up its distutils in this process, and
+# torch.compile, which imports setuptools, fails afterwards.
+MISSING = [name for name in NEEDED if importlib.machinery.PathFinder.find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="these tests need a checkout of transfuse"),
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (pip install 'transfuse[test]')"),
