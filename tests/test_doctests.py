@@ -11,7 +11,9 @@ import pytest
 import transfuse
 
 MODULES = sorted(
-    m.name for m in pkgutil.walk_packages(transfuse.__path__, "transfuse.") if m.name.rsplit(".")[-1] not in ("_C", "__main__")
+    m.name
+    for m in pkgutil.walk_packages(transfuse.__path__, "transfuse.")
+    if m.name.rsplit(".")[-1] not in ("_C", "__main__")
 )
 
 
