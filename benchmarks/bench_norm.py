@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import transfuse
-from transfuse import backends
+from transfuse.backends import backends, why_not
 from transfuse.ops.norm import cuda_impl, reference
 
 SHAPES = [(4096, 256), (4096, 768), (8192, 1024), (8192, 4096), (8192, 8192), (1024, 16384), (32, 4096)]
@@ -61,7 +61,7 @@ def machine() -> dict[str, Any]:
     """The environment block of a record."""
     query = "name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw"
     smi = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    facts = backends.backends()[0].facts
+    facts = backends()[0].facts
     return {
         "gpu": torch.cuda.get_device_name(),
         "nvidia_smi": {query: _output(smi)},
@@ -125,7 +125,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--quick", action="store_true", help="bf16 alone")
     options = parser.parse_args()
-    reason = "no CUDA GPU" if not torch.cuda.is_available() else backends.why_not("cuda", torch.device("cuda"))
+    reason = "no CUDA GPU" if not torch.cuda.is_available() else why_not("cuda", torch.device("cuda"))
     if reason is not None:
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2
