@@ -135,11 +135,28 @@ def _aten(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, d
         q, k, v = torch_flash.steppable(q), torch_flash.steppable(k), torch_flash.steppable(v)
         out: torch.Tensor = torch_eager.Flash.apply(q, k, v, added, is_causal, variant.scale)
         return out
-    one_row_of_groups = q.shape[2] == 1 and k.shape[1] != q.shape[1]
-    two_masks = variant.right == 0 and (variant.mask is not None or variant.bias is not None)
-    if one_row_of_groups or two_masks or variant.alibi_slopes is not None:
+    if q.shape[2] == 1 and k.shape[1] != q.shape[1] and _same_for_heads(variant):
+        return _folded_sdpa(q, k, v, variant)
+    if variant.alibi_slopes is not None or (
+        variant.right == 0 and (variant.mask is not None or variant.bias is not None)
+    ):
         return torch_flash.forward(q, k, v, variant, False)[0]
     return _sdpa(q, k, v, variant)  # the same kernel at the lowest cost of a call
+
+
+def _same_for_heads(variant: Variant) -> bool:
+    mask, bias = variant.mask, variant.bias
+    no_head = (mask is None or mask.shape[1] == 1) and (bias is None or bias.shape[1] == 1)
+    return no_head and variant.alibi_slopes is None
+
+
+def _folded_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """One query: heads that share keys become rows of one head, so that the keys are read once."""
+    batch, heads, _, head_dim = q.shape
+    rows = q.reshape(batch, k.shape[1], heads // k.shape[1], head_dim)
+    # what the window hides from a single query has been cut off already
+    out = _sdpa(rows, k, v, variant._replace(left=-1, right=-1))
+    return out.reshape(batch, heads, 1, v.shape[3])
 
 
 def _sdpa_says(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> bool:

@@ -155,6 +155,12 @@ def attention_decode(
     if q.device.type != "cpu" or _transformed():
         return _masked(q, k_cache, v_cache, cache_lengths, variant, with_lse)
     parts = cached_parts(cache_lengths, q.shape[2])
+    if len(parts) == 1:  # every row holds equally many keys
+        length = parts[0].k_len
+        if length < k_cache.shape[2]:
+            k_cache, v_cache = k_cache[:, :, :length], v_cache[:, :, :length]
+            variant = rows_of(variant, parts[0].rows, q.shape[2], length)
+        return torch_impl.attention(q, k_cache, v_cache, variant, with_lse)
     return cached(q, k_cache, v_cache, parts, variant, None, with_lse, _dense)
 
 
@@ -182,8 +188,6 @@ def cached(
         )
         for part in parts
     ]
-    if len(results) == 1:
-        return results[0]
     out = torch.cat([o for o, _ in results])
     return out, torch.cat([lse for _, lse in results if lse is not None]) if with_lse else None
 
