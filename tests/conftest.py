@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -19,6 +20,14 @@ def device_of(backend: str) -> torch.device:
     if backend in ("cuda", "triton") and torch.cuda.is_available() and not _extension.on_cpu():
         return torch.device("cuda")
     return torch.device("cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """torch's opcheck imports expecttest; without it those tests skip instead of failing."""
+    if importlib.util.find_spec("expecttest") is None:
+        for item in items:
+            if "opcheck" in item.name:
+                item.add_marker(pytest.mark.skip(reason="torch.library.opcheck needs the package expecttest"))
 
 
 @pytest.fixture(params=["torch", "triton", "cuda"])
