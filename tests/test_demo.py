@@ -24,6 +24,7 @@ from transfuse.demo.shakespeare import (
     train,
     uniform_loss,
 )
+from transfuse.demo.threads import Threads
 from transfuse.errors import ArgumentError
 
 CPU = torch.device("cpu")
@@ -144,7 +145,8 @@ def trained(corpus, seed: int):
     torch.manual_seed(seed)
     model = make_model(SMALL, corpus, CPU)
     progress = []
-    loss, speed = train(model, corpus, SMALL, seed, progress.append)
+    with Threads() as threads:
+        loss, speed = train(model, corpus, SMALL, seed, threads, progress.append)
     return model, loss, speed, progress
 
 
@@ -163,6 +165,26 @@ def test_training_learns_and_repeats_by_seed(corpus):
     assert len(first) == 100, "longer than the training length"
     assert "".join(sample(again, corpus, "MACBETH.\n", 100, 0.8, seed=0)) == first
     assert "".join(sample(model, corpus, "MACBETH.\n", 100, 0.8, seed=1)) != first
+
+
+def test_threads_follow_what_is_faster_at_the_moment():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        cost, used = {1: 1.0, 2: 0.7}, []
+        with Threads(window=3, retry=10) as threads:
+            for step in range(120):
+                if step == 60:  # the machine gets busy
+                    cost = {1: 1.0, 2: 5.0}
+                used.append(torch.get_num_threads())
+                threads.step(cost[used[-1]])
+        assert used[:6] == [1, 1, 1, 2, 2, 2]
+        assert used[6:60].count(2) > 45
+        assert used[64:].count(1) > 45
+        assert used[64:].count(2) > 0, "it tries again"
+        assert torch.get_num_threads() == 2, "the setting is restored"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_attention_maps_are_causal_probabilities(corpus):

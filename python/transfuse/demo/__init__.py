@@ -28,7 +28,9 @@ from transfuse.demo.shakespeare import (
     validation_loss,
 )
 from transfuse.demo.shakespeare import Progress as TrainingProgress
+from transfuse.demo.threads import Threads
 from transfuse.errors import ArgumentError
+from transfuse.models import Decoder
 
 __all__ = ["run"]
 
@@ -131,13 +133,14 @@ def _shakespeare(console: Console, device: torch.device, recipe: Recipe, seed: i
         f"loss in nats a character: {uniform_loss(corpus):.2f} would be guessing, "
         f"{validation_loss(model, corpus, recipe.length, pieces=16):.2f} is the untrained model"
     )
-    loss, speed = _train(console, model, corpus, recipe, seed)
-    console.print(
-        f"validation loss [bold]{loss:.3f}[/bold] on {len(corpus.validation):,} held-out characters, "
-        f"trained at {speed:,.0f} tokens/s"
-    )
-    console.print("\n[bold]It writes[/bold] (temperature 0.8):")
-    write_stream(console, _PROMPT, sample(model, corpus, _PROMPT, 400, temperature=0.8, seed=seed), "characters")
+    with Threads() as threads:
+        loss, speed = _train(console, model, corpus, recipe, seed, threads)
+        console.print(
+            f"validation loss [bold]{loss:.3f}[/bold] on {len(corpus.validation):,} held-out characters, "
+            f"trained at {speed:,.0f} tokens/s"
+        )
+        console.print("\n[bold]It writes[/bold] (temperature 0.8):")
+        write_stream(console, _PROMPT, sample(model, corpus, _PROMPT, 400, temperature=0.8, seed=seed), "characters")
     console.print()
     maps = attention_maps(model, corpus, _PICTURED)
     layer, head = far_sighted_head(maps)
@@ -150,7 +153,9 @@ def _shakespeare(console: Console, device: torch.device, recipe: Recipe, seed: i
     ]
 
 
-def _train(console: Console, model, corpus: Corpus, recipe: Recipe, seed: int) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+def _train(
+    console: Console, model: Decoder, corpus: Corpus, recipe: Recipe, seed: int, threads: Threads
+) -> tuple[float, float]:
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -169,4 +174,4 @@ def _train(console: Console, model, corpus: Corpus, recipe: Recipe, seed: int) -
                     f"validation {now.validation_loss:.2f}  {now.tokens_per_second:,.0f} tokens/s"
                 )
 
-        return train(model, corpus, recipe, seed, report)
+        return train(model, corpus, recipe, seed, threads, report)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from transfuse import generation
+from transfuse.demo.threads import Threads
 from transfuse.errors import ArgumentError
 from transfuse.models import Decoder, TransformerConfig
 
@@ -107,7 +108,7 @@ def make_model(recipe: Recipe, corpus: Corpus, device: torch.device) -> Decoder:
 
 
 def train(
-    model: Decoder, corpus: Corpus, recipe: Recipe, seed: int, report: Callable[[Progress], None]
+    model: Decoder, corpus: Corpus, recipe: Recipe, seed: int, threads: Threads, report: Callable[[Progress], None]
 ) -> tuple[float, float]:
     """Train in place.
 
@@ -116,6 +117,7 @@ def train(
         corpus: what it reads.
         recipe: how long and how.
         seed: of the order in which pieces are read.
+        threads: entered; it is told the time of every step.
         report: called after every step; the validation loss is there ten times on the way.
 
     Returns:
@@ -142,7 +144,9 @@ def train(
         optimizer.step()
         schedule.step()
         value = loss.item()  # waits for the device, so the clock below is honest
-        spent += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        threads.step(seconds)
+        spent += seconds
         speed = step * recipe.batch * recipe.length / spent
         quick = validation_loss(model, corpus, recipe.length, pieces=64) if step % every == 0 else None
         report(Progress(step, value, quick, speed))
