@@ -116,6 +116,7 @@ def test_version():
         (["embed", "m", "a", "--file", "f"], ["not both"]),
         (["embed", "m", " "], ["there is no text"]),
         (["embed", "m", "a", "--format", "xml"], ["--format", "xml"]),
+        (["embed", "m", *"abcdefghijklmnopq", "--format", "table"], ["at most 16 texts, got 17"]),
         (["embed", "m", "a", "--pooling", "median"], ["--pooling", "median"]),
         (["embed", "m", "a", "--batch-size", "0"], ["--batch-size"]),
     ],

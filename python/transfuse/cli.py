@@ -24,6 +24,7 @@ from transfuse._version import __version__
 from transfuse.backends import NAMES, use_backend
 from transfuse.errors import ArgumentError, TransfuseError
 
+_TABLE_TEXTS = 16  # similarities of more do not fit a line
 OK, WRONG, MISTAKE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 
 
@@ -255,6 +256,8 @@ def embed(
 ) -> None:
     """Turn texts into vectors of length 1, whose dot product is their similarity."""
     lines = _many_texts(texts, file)
+    if as_format is Format.table and len(lines) > _TABLE_TEXTS:
+        raise ArgumentError(f"a table holds at most {_TABLE_TEXTS} texts, got {len(lines)}; use --format jsonl")
     place = _prepare(backend, device)
     from transfuse import tasks
 

@@ -287,9 +287,10 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         if cpu["usable_cores"] != cpu["cores"]
         else f"{cpu['cores']} cores"
     )
-    extension = {name: value for name, value in report["extension"].items() if value not in (None, "")}
-    if "size_bytes" in extension:
-        extension["size"] = f"{extension.pop('size_bytes') / 1e6:.1f} MB"
+    known = {name: value for name, value in report["extension"].items() if value not in (None, "")}
+    extension = {name.replace("_", " "): value for name, value in known.items()}
+    if isinstance(size := extension.pop("size bytes", None), int):
+        extension["size"] = f"{size / 1e6:.1f} MB"
     sections = [
         ("GPU", gpus),
         (

@@ -53,12 +53,12 @@ def similarity_table(texts: Sequence[str], vectors: torch.Tensor) -> Table:
     similar = (vectors.double() @ vectors.double().T).tolist()
     table = plain_table()
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("text", no_wrap=True)
+    table.add_column("text", overflow="fold")
     for number in range(1, len(texts) + 1):
         table.add_column(str(number), justify="right", no_wrap=True)
     for number, (text, row) in enumerate(zip(texts, similar, strict=True), start=1):
         cells = [f"[bold]{s:.2f}[/bold]" if s > 0.5 and i != number else f"{s:.2f}" for i, s in enumerate(row, start=1)]
-        table.add_row(str(number), escape(textwrap.shorten(text, 48, placeholder="…")), *cells)
+        table.add_row(str(number), escape(textwrap.shorten(text, 36, placeholder=" …")), *cells)
     return table
 
 

@@ -51,7 +51,7 @@ def _minilm(console: Console, device: torch.device, out: Path) -> Path:
     with torch.no_grad():
         attentions = model(**inputs, output_attentions=True).attentions
     maps = torch.stack([layer[0] for layer in attentions]).float().cpu()  # (layers, heads, length, length)
-    layer, head = far_sighted_head(maps)
+    layer, head = far_sighted_head(maps[..., 1:-1, 1:-1])  # between words: most heads rest on [CLS] and [SEP]
     tokens = [str(tokenizer.backend.id_to_token(int(i))) for i in inputs["input_ids"][0]]
     title = f"MiniLM, layer {layer + 1}, head {head + 1}"
     return viz.save(

@@ -183,17 +183,24 @@ def attention_maps(model: Decoder, corpus: Corpus, text: str) -> torch.Tensor:
 
 
 def far_sighted_head(maps: torch.Tensor) -> tuple[int, int]:
-    """(layer, head) that most surely picks out a character further back than its neighbour.
+    """(layer, head) that most tells tokens further away than the neighbour apart: the one worth a picture.
+
+    That is the attention's mass there times the mutual information of query and key in it; so neither a head that looks
+    at its neighbour wins, nor one that looks at the same key from everywhere.
 
     Args:
         maps: (layers, heads, length, length).
 
-    >>> previous, first = torch.eye(6).roll(-1, 1).tril(), torch.eye(6)[:1].expand(6, 6)
-    >>> far_sighted_head(torch.stack([previous, first])[None])
-    (0, 1)
+    >>> neighbour, same, third = torch.eye(9).roll(-1, 1), torch.eye(9)[:1].expand(9, 9), torch.eye(9).roll(-3, 1)
+    >>> far_sighted_head(torch.stack([neighbour, same, third])[None])
+    (0, 2)
     """
-    far = maps.tril(-2).amax(-1).mean(-1)  # (layers, heads)
-    best = int(far.argmax())
+    far = maps.tril(-2) + maps.triu(2)
+    mass = far.sum((-2, -1))  # (layers, heads)
+    joint = far / mass.clamp_min(1e-9)[..., None, None]
+    apart = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
+    information = torch.xlogy(joint, joint / apart.clamp_min(1e-30)).sum((-2, -1))
+    best = int((mass * information).argmax())
     return best // maps.shape[1], best % maps.shape[1]
 
 
