@@ -23,7 +23,7 @@ from transfuse.ops.attention.registration import (
     split_variant,
     wants,
 )
-from transfuse.ops.attention.torch_eager import Gradients
+from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.torch_sequences import Cached, Packed
 from transfuse.ops.attention.variant import Variant, statistics_dtype
 

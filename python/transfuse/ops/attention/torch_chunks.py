@@ -1,11 +1,11 @@
 """Attention in plain PyTorch, block by block: every feature, never more than one block of scores in memory.
 
 A block is a few batch rows and a run of query rows against the keys that those rows can see, sized to stay in cache.
-Scores are fp32 (fp64 for fp64); products of low-precision matrices are formed in that precision. Backward recomputes P
-from lse:
+Scores are formed in fp32 (fp64 for fp64), so that they agree with whatever lse; the other products of low-precision
+matrices in that precision. Backward recomputes P from lse:
 
-    dV += (D P)^T dO      dS = P * (D (dO V^T) - delta)      delta = rowsum(dO * O) - dlse
-    dQ  = scale dS K      dK += scale dS^T Q                 dbias = dS summed over its broadcast dimensions
+    dP = D (dO V^T)       delta = rowsum(P * dP) - dlse      dS = P * (dP - delta)
+    dV += (D P)^T dO      dQ = scale dS K      dK += scale dS^T Q      dbias = dS summed over its broadcast dimensions
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from transfuse.ops.attention.variant import (
     visible_block,
     visible_columns,
 )
+
+Gradients = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]
 
 _BLOCK = 1 << 20
 """Scores in a block: 4 MB in fp32."""
@@ -77,23 +81,19 @@ def backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
     lse: torch.Tensor,
     variant: Variant,
     keep: torch.Tensor | None,
-    want_bias: bool,
-    want_slopes: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(dq, dk, dv, dbias, dalibi_slopes); the last two in fp32, or None where not wanted."""
+    want: tuple[bool, bool, bool],
+) -> Gradients:
+    """(dq, dk, dv, dbias, dalibi_slopes, dsinks); ``want`` says which of the last three to compute if they exist."""
     wide = statistics_dtype(q)
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk = torch.zeros(k.shape, dtype=wide, device=k.device)
-    dv = torch.zeros(v.shape, dtype=wide, device=v.device)
-    dbias = (
-        torch.zeros(variant.bias.shape, dtype=wide, device=q.device) if want_bias and variant.bias is not None else None
+    dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
+    dbias, dslopes, dsinks = (
+        None if t is None or not w else torch.zeros(t.shape, dtype=wide, device=t.device)
+        for t, w in zip(variant[1:4], want, strict=True)
     )
-    dslopes = q.new_zeros(q.shape[0], q.shape[1], 1, 1, dtype=wide) if want_slopes else None
-    statistic = delta(dout, dlse, out, wide)
     for block in _blocks(q, k, variant):
         rows, columns = slice(*block.rows), slice(*block.columns)
         s, capped = _scores(q, k, variant, block, wide)
@@ -107,26 +107,38 @@ def backward(
             dp *= scaled
             dropped = p * scaled
         dv[block.batch, :, columns] += fold(dropped, k.shape[1]).to(g.dtype).mT @ g
-        ds = dp.sub_(statistic[block.batch, :, rows, None]).mul_(p)
+        # a block holds whole rows, so delta need not come from out, which has been rounded
+        ds = dp.mul_(p)
+        delta = ds.sum(-1, keepdim=True)
+        if dlse is not None:
+            delta -= dlse[block.batch, :, rows, None]
+        ds.addcmul_(p, delta, value=-1)
         if dbias is not None:
             target = _cut(dbias, block)
             target += ds.sum_to_size(target.shape)
         if dslopes is not None:
-            dslopes[block.batch] -= (ds * _distances(q, k, variant, block)).sum((-2, -1), keepdim=True)
+            slope = (ds * _distances(q, k, variant, block)).sum((-2, -1))
+            target = dslopes if dslopes.dim() == 1 else dslopes[block.batch]
+            target -= slope.sum_to_size(target.shape)
+        if dsinks is not None:
+            dsinks += sinks_gradient(variant.sinks, row_lse.squeeze(-1), delta.squeeze(-1))
         if capped is not None:
             ds *= capped.square_().neg_().add_(1)
         ds = fold(ds, k.shape[1]).mul_(variant.scale).to(q.dtype)
         dq[block.batch, :, rows] = (ds @ k[block.batch, :, columns]).view(*p.shape[:3], q.shape[3])
         dk[block.batch, :, columns] += ds.mT @ fold(q[block.batch, :, rows], k.shape[1])
-    if dslopes is not None and variant.alibi_slopes is not None:
-        dslopes = dslopes.flatten(1).sum_to_size(variant.alibi_slopes.shape)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dslopes
+    others = (
+        None if x is None or t is None else x.to(t.dtype)
+        for x, t in zip((dbias, dslopes, dsinks), variant[1:4], strict=True)
+    )
+    return dq, dk.to(k.dtype), dv.to(v.dtype), *others  # type: ignore[return-value]
 
 
-def delta(dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
-    """rowsum(dO * O) - dlse, (batch, heads, q_len): what the softmax's gradient subtracts in every row."""
-    rows = (dout.to(wide) * out).sum(-1)
-    return rows if dlse is None else rows - dlse
+def sinks_gradient(sinks: torch.Tensor | None, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """(heads,): a sink is a key whose value is 0, so its dS = P * (0 - delta) with P = exp(sink - lse)."""
+    assert sinks is not None
+    p = (sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
+    return -(p * delta).sum((0, 2))
 
 
 def _blocks(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> Iterator[Block]:
@@ -150,7 +162,7 @@ def _scores(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(s, tanh of the capped scores or None), each (block batch, heads, block rows, block columns)."""
     rows, columns = slice(*block.rows), slice(*block.columns)
-    s = products(q[block.batch, :, rows], k[block.batch, :, columns], variant.scale / (variant.softcap or 1.0))
+    s = products(q[block.batch, :, rows], k[block.batch, :, columns], variant.scale / (variant.softcap or 1.0), True)
     capped = None
     if variant.softcap > 0:
         capped = s.tanh_()

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 
 from transfuse.ops.attention import torch_chunks, torch_explicit, torch_flash
+from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.variant import Variant
-
-Gradients = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
-]
 
 
 class Flash(torch.autograd.Function):
@@ -63,6 +60,7 @@ class Attention(torch.autograd.Function):
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, keep: torch.Tensor | None, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse); without ``with_lse`` rows that see nothing may have an lse of 0, which :func:`backward` takes too."""
     if torch_flash.says(q, k, v, variant) and not narrow(q, k, variant):
         return torch_flash.forward(q, k, v, variant, with_lse)
     return torch_chunks.forward(q, k, v, variant, keep)
@@ -80,26 +78,18 @@ def backward(
     keep: torch.Tensor | None,
     want: tuple[bool, bool, bool],
 ) -> Gradients:
-    bias, slopes = want[0] and variant.bias is not None, want[1] and variant.alibi_slopes is not None
-    dbias = dslopes = None
-    if bias or slopes or not torch_flash.says(q, k, v, variant) or narrow(q, k, variant):
-        dq, dk, dv, dbias, dslopes = torch_chunks.backward(dout, dlse, q, k, v, out, lse, variant, keep, bias, slopes)
-        dbias = None if dbias is None else dbias.to(variant.bias.dtype)  # type: ignore[union-attr]
-        dslopes = None if dslopes is None else dslopes.to(variant.alibi_slopes.dtype)  # type: ignore[union-attr]
-    else:
-        dq, dk, dv = torch_flash.backward(dout, dlse, q, k, v, out, lse, variant)
-    return dq, dk, dv, dbias, dslopes, _sinks_gradient(dout, dlse, out, lse, variant.sinks) if want[2] else None
-
-
-def _sinks_gradient(
-    dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
-) -> torch.Tensor | None:
-    """The sink is a key with a value of 0, so dS = P * (0 - delta) with P = exp(sink - lse)."""
-    if sinks is None:
-        return None
-    statistic = torch_chunks.delta(dout, dlse, out, lse.dtype)
-    p = (sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -torch.inf, torch.inf)).exp()
-    return -(p * statistic).sum((0, 2)).to(sinks.dtype)
+    """(dq, dk, dv, dbias, dalibi_slopes, dsinks); ``want`` says which of the last three to compute if they exist."""
+    flash = torch_flash.says(q, k, v, variant) and not narrow(q, k, variant)
+    bias, slopes, sinks = (w and t is not None for w, t in zip(want, variant[1:4], strict=True))
+    if not flash or bias or slopes:
+        return torch_chunks.backward(dout, dlse, q, k, v, lse, variant, keep, want)
+    dq, dk, dv = torch_flash.backward(dout, dlse, q, k, v, out, lse, variant)
+    dsinks = None
+    if sinks and variant.sinks is not None:
+        delta = (dout.to(lse.dtype) * out).sum(-1)
+        delta = delta if dlse is None else delta - dlse
+        dsinks = torch_chunks.sinks_gradient(variant.sinks, lse, delta).to(variant.sinks.dtype)
+    return dq, dk, dv, None, None, dsinks
 
 
 def _recompute(

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from transfuse.ops.attention.variant import Variant, distances, per_head, shift, unlimited, visible
+from transfuse.ops.attention.variant import Variant, distances, per_head, shift, statistics_dtype, unlimited, visible
 
 
 def attention(
@@ -22,7 +22,7 @@ def attention(
     with_lse: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse or None)."""
-    s = scores(q, k, variant)
+    s = scores(q, k, variant, exact=with_lse)
     lse = None
     if with_lse or variant.sinks is not None:
         p, lse = _softmax(s, variant.sinks)
@@ -35,10 +35,13 @@ def attention(
     return (fold(p.to(v.dtype), v.shape[1]) @ v).view(*p.shape[:3], v.shape[3]), lse
 
 
-def scores(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> torch.Tensor:
-    """s: (batch, heads, q_len, k_len) in fp32 (fp64 for fp64), -inf where a query does not see a key."""
+def scores(q: torch.Tensor, k: torch.Tensor, variant: Variant, exact: bool) -> torch.Tensor:
+    """s: (batch, heads, q_len, k_len) in fp32 (fp64 for fp64), -inf where a query does not see a key.
+
+    ``exact``: multiply q and k in fp32 too, for scores that are to agree with an lse made elsewhere.
+    """
     q_len, k_len = q.shape[2], k.shape[2]
-    s = products(q, k, variant.scale)
+    s = products(q, k, variant.scale, exact)
     if variant.softcap > 0:
         s = torch.tanh(s / variant.softcap) * variant.softcap
     if variant.bias is not None:
@@ -63,14 +66,18 @@ def may_hide_rows(variant: Variant, q_len: int, k_len: int) -> bool:
     return before or behind
 
 
-def products(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale * Q K^T. Low-precision products leave the matrix unit rounded to that precision, so the power of two in
-    the scale, which rounds nothing, goes in before and keeps fp16 from overflowing; the rest is applied in fp32."""
-    if q.dtype in (torch.float32, torch.float64):
-        s = fold(q * scale, k.shape[1]) @ k.mT
+def products(q: torch.Tensor, k: torch.Tensor, scale: float, exact: bool) -> torch.Tensor:
+    """scale * Q K^T in fp32 (fp64 for fp64).
+
+    Products of low-precision matrices come rounded to that precision. The power of two in the scale, which rounds
+    nothing, goes in before and keeps fp16 from overflowing; the rest is applied in fp32.
+    """
+    wide = statistics_dtype(q)
+    if exact or q.dtype == wide:
+        s = fold(q.to(wide) * scale, k.shape[1]) @ k.mT.to(wide)
     else:
         rest, exponent = math.frexp(scale)
-        s = (fold(q * 2.0**exponent, k.shape[1]) @ k.mT).float() * rest
+        s = (fold(q * 2.0**exponent, k.shape[1]) @ k.mT).to(wide) * rest
     return s.view(*q.shape[:3], k.shape[2])
 
 

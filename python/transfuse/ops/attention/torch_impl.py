@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from transfuse.ops.attention import philox, torch_eager, torch_explicit, torch_flash
-from transfuse.ops.attention.torch_eager import Gradients
+from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.variant import Variant, shift, unlimited, visible_columns
 
 _FEW_SCORES = 1 << 23
@@ -96,7 +96,7 @@ def draw_keep(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> torch.Tenso
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, variant: Variant) -> torch.Tensor:
     """P: (batch, heads, q_len, k_len) in q's dtype, zero in rows whose lse is -inf; differentiable."""
-    s = torch_explicit.scores(q, k, variant)
+    s = torch_explicit.scores(q, k, variant, exact=True)
     return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None].to(s.dtype)).exp().to(q.dtype)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from transfuse.ops.attention import torch_eager, torch_explicit, torch_impl
-from transfuse.ops.attention.torch_eager import Gradients
+from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.variant import Variant, corner, distances, per_head, rows_of, statistics_dtype, visible
 
 Dense = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]

@@ -91,7 +91,7 @@ def distances(q_positions: torch.Tensor, k_positions: torch.Tensor) -> torch.Ten
 
 def per_head(slopes: torch.Tensor) -> torch.Tensor:
     """(heads,) or (batch, heads) -> (batch|1, heads, 1, 1)."""
-    return slopes.reshape(-1, slopes.shape[-1], 1, 1)
+    return slopes[None, :, None, None] if slopes.dim() == 1 else slopes[:, :, None, None]
 
 
 def rows_of(variant: Variant, rows: slice, q_len: int, k_len: int) -> Variant:
