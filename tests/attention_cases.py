@@ -171,6 +171,11 @@ def sizes_of_intermediates(
     out, lse = attention(**exact, **options, return_lse=True, backend="reference")  # type: ignore[call-overload]
     shaping = {n: t for n, t in exact.items() if n not in ("q", "k", "v", "sinks")}
     p = attention_weights(q, k, lse, **shaping, **options, backend="reference")  # type: ignore[arg-type]
+    found = {}
+    if q.numel() and tensors["q"].dtype in (torch.float16, torch.bfloat16):  # type: ignore[union-attr]
+        # the same formulas end in an lse of q's dtype: half its unit, where a lucky rounding shows less
+        unit = torch.finfo(tensors["q"].dtype).eps * lse.nan_to_num(1, 1, 1).abs().max().clamp(min=1.0).item()  # type: ignore[union-attr]
+        found["lse"] = unit / 2 / (8 * torch.finfo(torch.float32).eps)
     dout, dlse = (None if g is None else g.double() for g in grad_outputs)
     dout = torch.zeros_like(out) if dout is None else dout
     group = q.shape[1] // k.shape[1]
@@ -179,26 +184,30 @@ def sizes_of_intermediates(
     delta = (p * dp).sum(-1) + (0 if dlse is None else dlse.abs())
     ds = p * (dp + delta[..., None])
     scale = options.get("scale") or q.shape[3] ** -0.5
-    found = {"dq": scale * (ds @ k.abs()).max().item(), "dk": scale * group * (ds.mT @ q.abs()).max().item()}
+    found["dq"] = scale * (ds @ k.abs()).max().item()
+    found["dk"] = scale * group * (ds.mT @ q.abs()).max().item()
     found["dv"] = group * (p.mT @ dout.abs()).max().item()
+    # low-precision implementations round dP, and read an O that was rounded: every term of a sum is off on its own
+    dtype = tensors["q"].dtype  # type: ignore[union-attr]
     if exact.get("bias") is not None:
-        found["dbias"] = ds.sum_to_size(exact["bias"].shape).max().item()  # type: ignore[union-attr]
+        size = exact["bias"].shape  # type: ignore[union-attr]
+        found["dbias"] = max(ds.sum_to_size(size).max().item(), _rounding(dtype, (p * dp).square().sum_to_size(size)))
     if exact.get("alibi_slopes") is not None:
-        found["dalibi_slopes"] = (ds.sum((-2, -1)) * max(q.shape[2], k.shape[2])).max().item()
+        longest = max(q.shape[2], k.shape[2])
+        terms = (p * dp * longest).square().sum((-2, -1))
+        found["dalibi_slopes"] = max((ds.sum((-2, -1)) * longest).max().item(), _rounding(dtype, terms))
     if exact.get("sinks") is not None:
-        found["dsinks"] = _rounding_of_out(tensors["q"].dtype, exact["sinks"], out, lse, dout)  # type: ignore[union-attr, arg-type]
+        share = (exact["sinks"][:, None] - lse).exp()  # type: ignore[index]
+        terms = share[..., None] * dout * out
+        largest = (terms.abs().sum(-1) + (0 if dlse is None else share * dlse.abs())).sum((0, 2)).max().item()
+        found["dsinks"] = max(largest, _rounding(dtype, terms.square().sum((0, 2, 3))))
     return found
 
 
-def _rounding_of_out(
-    dtype: torch.dtype, sinks: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor
-) -> float:
-    """dsink = -sum(P_sink * rowsum(dO * O)) reads an O that was rounded to its dtype.
+def _rounding(dtype: torch.dtype, squares: torch.Tensor) -> float:
+    """Four standard deviations of a sum of rounded terms, given the sum of their squares.
 
-    Every term is off by up to half a unit, independently, so the sum by at most four standard deviations; judge()
-    allows eight fp32 units of what this returns.
+    A term is off by up to half a unit. judge() allows eight fp32 units of what this returns.
     """
-    share = (sinks[:, None] - lse).exp()
-    terms = share[..., None] * dout * out
-    spread = torch.finfo(dtype).eps * terms.square().sum((0, 2, 3)).max().sqrt().item() / 12**0.5
+    spread = torch.finfo(dtype).eps * squares.max().sqrt().item() / 12**0.5
     return 4 * spread / (8 * torch.finfo(torch.float32).eps)

@@ -294,7 +294,7 @@ def _padded(
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     batch = cu_seqlens_q.shape[0] - 1
-    if batch == 0:
+    if batch == 0 or max_q == 0:
         return _no_sequence(q, k, v, with_lse)
     q_lengths, k_lengths = cu_seqlens_q.diff(), cu_seqlens_k.diff()
     queries = _pad(q, cu_seqlens_q, q_lengths, max_q)
