@@ -38,8 +38,10 @@ def attention(
     """(out, lse or None), differentiable; dropout draws from torch's generator."""
     if variant.left >= 0 or variant.right >= 0:
         k, v, variant = _hide_unseen(q, k, v, variant)
+    if torch.compiler.is_compiling() and not with_lse and _sdpa_says(q, k, v, variant):
+        return _sdpa(q, k, v, variant), None
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _traced(q, k, v, variant, with_lse)
+        return torch_explicit.attention(q, k, v, variant, draw_keep(q, k, variant), with_lse)
     differentiable = torch.is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or _requires_grad(*variant[1:4])
     )
@@ -90,7 +92,7 @@ def draw_keep(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> torch.Tenso
     """A dropout mask from torch's own generator: much faster here than Philox out of tensor ops."""
     if variant.dropout_p == 0:
         return None
-    shape = (*q.shape[:3], k.shape[2])
+    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     return torch.empty(shape, dtype=torch.bool, device=q.device).bernoulli_(1 - variant.dropout_p)
 
 
@@ -103,17 +105,6 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, varia
 def attention_weights_forward(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, variant: Variant) -> torch.Tensor:
     """As :func:`attention_weights`."""
     return attention_weights(q, k, lse, variant)
-
-
-def _traced(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, with_lse: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if not with_lse and _sdpa_says(q, k, v, variant):
-        return _sdpa(q, k, v, variant), None
-    keep = None
-    if variant.dropout_p > 0:
-        keep = torch.rand((*q.shape[:3], k.shape[2]), device=q.device) >= variant.dropout_p
-    return torch_explicit.attention(q, k, v, variant, keep, with_lse)
 
 
 def _aten_says(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, differentiable: bool) -> bool:
