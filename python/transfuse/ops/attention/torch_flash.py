@@ -28,7 +28,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 @functools.cache
 def shares_keys() -> bool:
-    """Whether this torch's kernel takes fewer key heads than query heads, tried once where a wrong read stays inside."""
+    """Whether this torch's kernel takes fewer key heads than query heads; tried where a wrong read does no harm."""
     keys = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
     try:
         out, _ = flash(torch.ones(1, 2, 1, 1), keys[:, :1], keys[:, :1], 0.0, False, attn_mask=None, scale=1.0)
