@@ -26,10 +26,10 @@ def attention(
     lse = None
     if with_lse or variant.sinks is not None:
         p, lse = _softmax(s, variant.sinks)
-    elif may_hide_rows(variant, q.shape[2], k.shape[2]):
-        p = torch._safe_softmax(s, -1)
     else:
         p = torch.softmax(s, -1)
+        if may_hide_rows(variant, q.shape[2], k.shape[2]) and (_opaque(s) or _has_nan_rows(p)):
+            p = torch._safe_softmax(s, -1)
     if keep is not None:
         p = p * keep / (1 - variant.dropout_p)
     return (fold(p.to(v.dtype), v.shape[1]) @ v).view(*p.shape[:3], v.shape[3]), lse
@@ -64,6 +64,16 @@ def may_hide_rows(variant: Variant, q_len: int, k_len: int) -> bool:
     first = shift(variant, q_len, k_len)
     before, behind = first < 0 and variant.right >= 0, variant.left >= 0 and first + q_len - 1 - variant.left >= k_len
     return before or behind
+
+
+def _opaque(s: torch.Tensor) -> bool:
+    """Whether values cannot be looked at here, or not without waiting for a device."""
+    return s.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _has_nan_rows(p: torch.Tensor) -> bool:
+    # softmax makes a row that sees nothing NaN from end to end, so the first column tells
+    return math.isnan(p.detach()[..., :1].sum().item())
 
 
 def products(q: torch.Tensor, k: torch.Tensor, scale: float, exact: bool) -> torch.Tensor:

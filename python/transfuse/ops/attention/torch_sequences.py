@@ -7,6 +7,7 @@ to the given maximum and masked, after whatever stands in the padding has been r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,9 @@ import torch.nn.functional as F
 from transfuse.ops.attention import torch_eager, torch_explicit, torch_impl
 from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.variant import Variant, corner, distances, per_head, rows_of, statistics_dtype, visible
+
+_CALL = 1 << 16
+"""Reading so many elements of a cache costs about as much as one more call."""
 
 Dense = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 """(q, k, v, variant, dropout mask or None, with_lse) -> (out, lse or None), each four-dimensional."""
@@ -155,13 +159,25 @@ def attention_decode(
     if q.device.type != "cpu" or _transformed():
         return _masked(q, k_cache, v_cache, cache_lengths, variant, with_lse)
     parts = cached_parts(cache_lengths, q.shape[2])
+    longest = max((part.k_len for part in parts), default=0)
+    if parts and longest < k_cache.shape[2]:
+        k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
+        variant = rows_of(variant, slice(0, q.shape[0]), q.shape[2], longest)
     if len(parts) == 1:  # every row holds equally many keys
-        length = parts[0].k_len
-        if length < k_cache.shape[2]:
-            k_cache, v_cache = k_cache[:, :, :length], v_cache[:, :, :length]
-            variant = rows_of(variant, parts[0].rows, q.shape[2], length)
         return torch_impl.attention(q, k_cache, v_cache, variant, with_lse)
+    if _better_together(parts, k_cache, v_cache):
+        placed = _positioned(variant, cache_lengths - q.shape[2], cache_lengths, q.shape[2], longest)
+        out, lse = torch_impl.attention(q, k_cache, v_cache, placed, with_lse)
+        # what stands after a row's keys has weight 0: it shows, as NaN, only if it is not finite
+        if not math.isnan(out.detach().sum().item()):
+            return out, lse
     return cached(q, k_cache, v_cache, parts, variant, None, with_lse, _dense)
+
+
+def _better_together(parts: Sequence[Cached], k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether one masked call for all rows beats a call for each part: it reads what the others do not."""
+    needless = sum((k_cache.shape[2] - part.k_len) * (part.rows.stop - part.rows.start) for part in parts)
+    return needless * k_cache.shape[1] * (k_cache.shape[3] + v_cache.shape[3]) < _CALL * (len(parts) - 1)
 
 
 def cached(
@@ -333,8 +349,9 @@ def _positioned(variant: Variant, first: torch.Tensor, k_lengths: torch.Tensor, 
     """The variant with every row's own position and length told by its mask and bias; first, k_lengths: (batch,)."""
     q_positions = first[:, None, None] + torch.arange(max_q, device=first.device)  # (batch, 1, max_q)
     k_positions = torch.arange(max_k, device=first.device)
-    seen = visible(q_positions, k_positions, variant.left, variant.right)
-    seen = seen & (k_positions < k_lengths[:, None, None, None])
+    seen = k_positions < k_lengths[:, None, None, None]
+    if variant.left >= 0 or variant.right >= 0:
+        seen = seen & visible(q_positions, k_positions, variant.left, variant.right)
     bias = variant.bias
     if variant.alibi_slopes is not None:
         slant = -per_head(variant.alibi_slopes) * distances(q_positions, k_positions)
