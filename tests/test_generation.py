@@ -430,6 +430,10 @@ MISTAKES = [
     ({"attention_mask": torch.tensor([[1, 1], [0, 0]])}, "every prompt must hold a token, row 1 is all padding"),
     ({"attention_mask": torch.tensor([[1, 1], [1, 0]])}, "padded on the left .*got row 1 padded on the right"),
     ({"decoder_input_ids": IDS}, "need an encoder-decoder model"),
+    ({"do_sample": "no"}, "do_sample must be True, False or None, got 'no'"),
+    ({"generator": 3}, "generator must be a torch.Generator, got int"),
+    ({"eos_token_id": 2.0}, "eos_token_id must be a token id of at least 0, got 2.0"),
+    ({"eos_token_id": "</s>"}, "eos_token_id must be a token id of at least 0, got '</s>'"),
 ]
 
 
@@ -456,6 +460,7 @@ def test_encoder_decoder_mistakes(seq2seq):
     for arguments, message in [
         ({"decoder_input_ids": ids[:1]}, "decoder_input_ids must have 2 rows like input_ids, got 1"),
         ({"decoder_start_token_id": V}, "decoder_start_token_id must be at least 0 and below"),
+        ({"decoder_start_token_id": 1.5}, "decoder_start_token_id must be a token id, got 1.5"),
     ]:
         with pytest.raises(ArgumentError, match=message):
             generate(seq2seq, ids, **arguments)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from transfuse.errors import DeviceError
+from transfuse.errors import ArgumentError, DeviceError
 from transfuse.generation.decode import decode, evaluating
 from transfuse.generation.processors import Processor
 from transfuse.generation.prompt import Ids, Prompt, prepare, special_ids
@@ -162,8 +162,15 @@ def _check(
         max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
         num_return_sequences,
     )  # fmt: skip
+    if not hasattr(model, "new_cache"):
+        raise ArgumentError(f"generate: expected a model with new_cache, such as a Decoder, got {type(model).__name__}")
     config = getattr(model, "config", None)
     prompt = prepare(config, input_ids, attention_mask, decoder_input_ids, decoder_start_token_id, settings)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ArgumentError(
+            f"generate: generator must be a torch.Generator, got {type(generator).__name__}; "
+            "torch.Generator().manual_seed(n) makes one"
+        )
     if generator is not None and generator.device.type != input_ids.device.type:
         raise DeviceError(f"generate: generator must be on {input_ids.device} like input_ids, got {generator.device}")
     return prompt, settings, special_ids(config, eos_token_id, pad_token_id)

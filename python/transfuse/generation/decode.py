@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from transfuse.errors import ArgumentError
 from transfuse.generation.processors import compose
 from transfuse.generation.prompt import Ids, Prompt, counts_positions
 from transfuse.generation.settings import Settings
 
+# Module -> (how many use it in eval mode now, whether it goes back to training mode after the last of them).
+_in_use: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+_in_use_lock = threading.RLock()
+
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model in eval mode, and every part of it back in training mode afterwards if that is where it was."""
-    modules = [m for m in model.modules() if m.training] if isinstance(model, torch.nn.Module) else []
-    for module in modules:
-        module.training = False
+    """The model in eval mode, and every part of it back in training mode afterwards if that is where it was.
+
+    Where several threads or streams use a model at a time, afterwards is when the last of them is done.
+    """
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    with _in_use_lock:
+        for module in modules:
+            users, trains = _in_use.get(module, (0, False))
+            _in_use[module] = (users + 1, trains or module.training)
+            module.training = False
     try:
         yield
     finally:
-        for module in modules:
-            module.training = True
+        with _in_use_lock:
+            for module in modules:
+                users, trains = _in_use.pop(module)
+                if users > 1:
+                    _in_use[module] = (users - 1, trains)
+                elif trains:
+                    module.training = True
 
 
 @torch.no_grad()
@@ -55,9 +73,20 @@ def decode(
 
 
 def choose(scores: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.Tensor:
-    """The next token of each row, (rows,), from processed scores (rows, vocab): drawn, or the likeliest."""
+    """The next token of each row, (rows,), from processed scores (rows, vocab): drawn, or the likeliest.
+
+    Raises:
+        ArgumentError: a row's highest score is NaN or infinite, so that no token means anything.
+    """
+    highest, likeliest = scores.max(-1)
+    if not bool(highest.isfinite().all()):
+        raise ArgumentError(
+            f"generate: the model's scores must be finite, got {float(highest[~highest.isfinite()][0])}; the weights "
+            "are damaged, or too large for this dtype (float16 ends at 65504: take bfloat16 or float32) or for "
+            "repetition_penalty"
+        )
     if not sample:
-        return scores.argmax(-1)
+        return likeliest
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 

@@ -25,7 +25,8 @@ def scale_temperature(scores: torch.Tensor, temperature: float) -> torch.Tensor:
     >>> scale_temperature(torch.tensor([[1.0, 2.0]]), 0.5)
     tensor([[2., 4.]])
     """
-    return scores / temperature
+    # Beyond these nothing changes any more, but fp32 would overflow.
+    return scores / min(max(temperature, 1e-30), 1e30)
 
 
 def keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -37,7 +37,9 @@ def special_ids(config: Any, eos: int | Sequence[int] | None, pad: int | None) -
         ArgumentError: an id is outside the vocabulary.
     """
     given = getattr(config, "eos_token_id", None) if eos is None else eos
-    ends = () if given is None else (given,) if isinstance(given, int) else tuple(given)
+    ends: tuple[Any, ...] = () if given is None else (given,)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        ends = tuple(given)
     pad = getattr(config, "pad_token_id", None) if pad is None else pad
     if pad is None:
         pad = ends[0] if ends else 0
@@ -103,6 +105,10 @@ def _check_mask(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor | 
     """The mask in int64, or None if it hides nothing."""
     if mask is None:
         return None
+    if not isinstance(mask, torch.Tensor):
+        raise DtypeError(
+            f"generate: attention_mask must be a tensor, 1 = token, 0 = padding, got {type(mask).__name__}"
+        )
     if mask.shape != ids.shape:
         raise ArgumentError(
             f"generate: attention_mask must have input_ids' shape {tuple(ids.shape)}, got {tuple(mask.shape)}"
@@ -110,6 +116,11 @@ def _check_mask(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor | 
     if mask.device != ids.device:
         raise DeviceError(f"generate: attention_mask must be on {ids.device} like input_ids, got {mask.device}")
     seen = mask != 0
+    if mask.is_floating_point() and bool((mask != seen).any()):
+        raise ArgumentError(
+            f"generate: attention_mask must be 1 = token, 0 = padding, got numbers from {mask.min():g} to "
+            f"{mask.max():g}; a mask to be added to scores becomes one by `mask == 0`"
+        )
     if bool(seen.all()):
         return None
     tokens = seen.sum(1)
@@ -160,6 +171,8 @@ def _decoder_tokens(config: Any, source: torch.Tensor, given: torch.Tensor | Non
         raise ArgumentError(
             "generate: an encoder-decoder needs a token to start from: give decoder_start_token_id or decoder_input_ids"
         )
+    if isinstance(start, bool) or not isinstance(start, int):
+        raise ArgumentError(f"generate: decoder_start_token_id must be a token id, got {start!r}")
     tokens = torch.full((source.shape[0], 1), start, dtype=torch.int64, device=source.device)
     _check_ids("decoder_start_token_id", tokens, _decoder_vocabulary(config))
     return tokens

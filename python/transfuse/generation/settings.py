@@ -38,6 +38,8 @@ class Settings:
         _whole("num_return_sequences", self.num_return_sequences, least=1)
         if self.top_k is not None:
             _whole("top_k", self.top_k, least=1, remedy="; None keeps every token")
+        if self.do_sample is not None and not isinstance(self.do_sample, bool):
+            raise ArgumentError(f"generate: do_sample must be True, False or None, got {self.do_sample!r}")
         _within("temperature", self.temperature, "at least 0", lambda v: 0.0 <= v < math.inf)
         _within("top_p", self.top_p, "above 0 and at most 1", lambda v: 0.0 < v <= 1.0)
         _within("min_p", self.min_p, "between 0 and 1", lambda v: 0.0 <= v <= 1.0)
