@@ -13,6 +13,7 @@ from transfuse.errors import ConfigError
 from transfuse.models.blocks import Block
 from transfuse.models.config import TransformerConfig
 from transfuse.models.heads import MaskedLMHead, OutputHead
+from transfuse.models.placement import check_dtype, machine_memory, usable_device
 from transfuse.nn import RelativePositionBias
 
 
@@ -96,9 +97,23 @@ class TransformerModel(nn.Module):
 
         save_pretrained(self, folder)
 
+    @classmethod
+    def _check(cls, config: TransformerConfig, dtype: torch.dtype | None) -> None:
+        """What every constructor asks first.
+
+        Raises:
+            ConfigError, DtypeError: config or dtype is something else.
+        """
+        if not isinstance(config, TransformerConfig):
+            raise ConfigError(
+                f"{cls.__name__}: expected a TransformerConfig, got {type(config).__name__}; from_dict makes one from "
+                "a mapping, transfuse.from_pretrained loads a checkpoint"
+            )
+        check_dtype(dtype)
+
     def _materialise(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Gives the parameters memory on ``device`` and first values; on the meta device it does nothing."""
-        where = torch.get_default_device() if device is None else torch.device(device)
+        where = usable_device(device)
         if where.type == "meta":
             return
         if where.type == "cpu":
@@ -131,13 +146,7 @@ def _part(name: str) -> str:
 
 def _check_memory(parameters: int, dtype: torch.dtype) -> None:
     """Refuses a model larger than the machine's memory: the kernel would kill the process instead of failing."""
-    if not hasattr(os, "sysconf"):
-        return
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):  # not every system tells
-        return
-    need = parameters * dtype.itemsize
+    memory, need = machine_memory(), parameters * dtype.itemsize
     if 0 < memory < need:
         raise ConfigError(
             f"config: the model has {parameters:,} parameters and needs {need / 2**30:,.1f} GiB in {dtype}, this "

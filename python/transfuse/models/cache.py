@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from transfuse.errors import ArgumentError
+from transfuse.models.placement import machine_memory, usable_device
 
 
 class LayerKeyValues:
@@ -69,13 +72,13 @@ class KVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if batch < 1 or max_length < 1:
-            raise ArgumentError(f"KVCache: batch and max_length must be at least 1, got {batch} and {max_length}")
+        _check_sizes(batch, max_length)
         self.length = 0
         self.max_length = max_length
         self.mask: torch.Tensor | None = None  # (batch, max_length) bool, True = token; None: no padding so far
         self.cross_mask: torch.Tensor | None = None  # (batch, 1, 1, source_length) bool; None: no padding
         shape = (batch, num_kv_heads, max_length, head_dim)
+        _check_memory(2 * num_layers * math.prod(shape), shape, dtype or torch.get_default_dtype(), device)
         # zeros, not empty: a kernel may load a tile beyond the filled length, and 0 * NaN is NaN
         self.layers = [
             LayerKeyValues(self, *(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
@@ -93,6 +96,12 @@ class KVCache:
     def batch(self) -> int:
         """Rows."""
         return self.layers[0].keys.shape[0]
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """(layers, kv_heads, head_dim): what must be a model's own."""
+        _, heads, _, dim = self.layers[0].keys.shape
+        return len(self.layers), heads, dim
 
     @property
     def has_cross(self) -> bool:
@@ -181,7 +190,30 @@ class KVCache:
             self.cross_mask = self.cross_mask.index_select(0, rows)
 
     def _check_rows(self, name: str, rows: torch.Tensor) -> None:
-        if rows.dim() != 1 or rows.shape[0] < 1 or rows.dtype not in (torch.int32, torch.int64):
+        whole = isinstance(rows, torch.Tensor) and rows.dtype in (torch.int32, torch.int64)
+        if not whole or rows.dim() != 1 or rows.shape[0] < 1:
+            got = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, torch.Tensor) else type(rows).__name__
+            raise ArgumentError(f"KVCache.{name}: expected row numbers (n,), int64 or int32, got {got}")
+        if rows.device.type != "cpu":
+            return  # reading them would make the host wait
+        low, high = int(rows.min()), int(rows.max())
+        if low < 0 or high >= self.batch:
+            raise ArgumentError(f"KVCache.{name}: row numbers must be from 0 to {self.batch - 1}, got {low} to {high}")
+
+
+def _check_sizes(batch: int, max_length: int) -> None:
+    for value in (batch, max_length):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ArgumentError(
-                f"KVCache.{name}: expected row numbers (n,), int64 or int32, got {tuple(rows.shape)} {rows.dtype}"
+                f"KVCache: batch and max_length must be whole numbers of at least 1, got {batch!r} and {max_length!r}"
             )
+
+
+def _check_memory(elements: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None) -> None:
+    """Refuses buffers larger than the machine's memory; a GPU's allocator says so by itself."""
+    memory, need = machine_memory(), elements * dtype.itemsize
+    if 0 < memory < need and usable_device(device).type == "cpu":
+        raise ArgumentError(
+            f"KVCache: keys and values of shape {shape} need {need / 2**30:,.1f} GiB for all layers, this machine has "
+            f"{memory / 2**30:,.1f} GiB; take fewer rows or positions"
+        )

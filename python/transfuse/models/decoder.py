@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from transfuse import generation
-from transfuse.errors import ArgumentError, ConfigError
+from transfuse.errors import ArgumentError, ConfigError, DeviceError
 from transfuse.models.blocks import BlockInputs
 from transfuse.models.cache import KVCache
 from transfuse.models.config import TransformerConfig
@@ -41,6 +41,7 @@ class Decoder(Stack):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._check(config, dtype)
         if config.architecture == "encoder":
             raise ConfigError("Decoder: the configuration's architecture is 'encoder'; use transfuse.Encoder")
         super().__init__(config, decoder=True, dtype=dtype)
@@ -83,6 +84,7 @@ class Decoder(Stack):
         Raises:
             ArgumentError, DtypeError: a shape, an id or a dtype is wrong, or the cache has no room.
         """
+        self.check_cache(cache)
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             inputs = BlockInputs(attentions=[] if output_attentions else None)
             if self.config.is_encoder_decoder:
@@ -118,11 +120,36 @@ class Decoder(Stack):
             return
         if states is None:
             raise ArgumentError("encoder_hidden_states: this decoder attends to an encoder's output, got None")
+        self._check_context(states)
         inputs.context = states
         tokens = as_mask("encoder_attention_mask", mask, states)
         inputs.context_mask = None if tokens is None else tokens[:, None, None, :]
         if cache is not None:
             cache.cross_mask = inputs.context_mask
+
+    def _check_context(self, states: torch.Tensor) -> None:
+        """The encoder's output is (batch, source_length, hidden_size), where and what the parameters are."""
+        if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[2] != self.config.hidden_size:
+            got = tuple(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+            wanted = f"(batch, source_length, {self.config.hidden_size})"
+            raise ArgumentError(f"encoder_hidden_states: expected shape {wanted}, got {got}")
+        table = self.embeddings.token.weight
+        if states.device != table.device and table.device.type != "meta":
+            raise DeviceError(f"encoder_hidden_states: must be on {table.device} like the model, got {states.device}")
+
+    def check_cache(self, cache: KVCache | None) -> None:
+        """Raises ArgumentError unless it is None or a cache of this model's layers."""
+        if cache is None:
+            return
+        if not isinstance(cache, KVCache):
+            raise ArgumentError(f"cache: expected what the model's new_cache() gives, got {type(cache).__name__}")
+        c = self.config
+        needed = (len(self.layers), c.num_decoder_kv_heads if c.is_encoder_decoder else c.num_kv_heads, c.head_dim)
+        if cache.layout != needed:
+            raise ArgumentError(
+                f"cache: made for (layers, kv_heads, head_dim) = {cache.layout}, this model has {needed}; use its "
+                "own new_cache()"
+            )
 
     def new_cache(
         self,

@@ -41,6 +41,7 @@ class Encoder(Stack):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._check(config, dtype)
         if config.architecture == "decoder":
             raise ConfigError("Encoder: the configuration's architecture is 'decoder'; use transfuse.Decoder")
         super().__init__(config, decoder=False, dtype=dtype)

@@ -20,6 +20,7 @@ class EncoderWithHead(TransformerModel):
     """An encoder under ``encoder`` and, in a subclass, what reads its output; arguments as :meth:`Encoder.forward`."""
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype | None) -> None:
+        self._check(config, dtype)
         super().__init__()
         self.encoder = Encoder(config, device="meta", dtype=dtype)
         self.config = config
@@ -95,6 +96,7 @@ class SequenceClassifier(EncoderWithHead):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._check(config, dtype)
         if not config.pooler:
             raise ConfigError("SequenceClassifier: reads the pooled first token; set pooler=True")
         super().__init__(config, dtype)

@@ -58,12 +58,15 @@ def locate_tokenizer(path_or_id: str | os.PathLike[str], revision: str | None = 
 
 def _local(path_or_id: str | os.PathLike[str]) -> Path | None:
     """The path as given, or that of pinned weights; None where it can only be a hub id."""
-    text = os.fspath(path_or_id)
+    text = os.fspath(path_or_id) if isinstance(path_or_id, str | os.PathLike) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise CheckpointError(f"expected a path, a short name or a hub id, got {path_or_id!r}")
-    path = Path(text).expanduser()
-    if path.exists():
-        return path
+    path = Path(os.path.expanduser(text))  # unlike Path.expanduser it leaves an unknown user's ~ alone
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise CheckpointError(f"{text[:200]}: cannot be looked up: {error.strerror}") from error
     if text in SHORT_NAMES:
         return weights.fetch(text)
     if isinstance(path_or_id, os.PathLike) or not _HUB_ID.fullmatch(text) or path.suffix in (".gguf", *PICKLE_SUFFIXES):

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from transfuse.errors import ArgumentError, CheckpointError, ConfigError, DtypeError
+from transfuse.errors import ArgumentError, CheckpointError, ConfigError
 from transfuse.models.base import TransformerModel
 from transfuse.models.checkpoint import (
     FLOAT_DTYPES,
@@ -39,12 +39,12 @@ from transfuse.models.encoder_heads import MaskedLM, SequenceClassifier, SpanCla
 from transfuse.models.families import Family, Rows, find_family, native
 from transfuse.models.gguf import LlamaGgufSource
 from transfuse.models.locate import locate_model
+from transfuse.models.placement import DTYPES, check_dtype, usable_device
 from transfuse.models.seq2seq import Seq2Seq
 from transfuse.models.tokenizer_files import load_tokenizer
 
 __all__ = ["from_pretrained", "load_tokenizer", "save_pretrained"]
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _CLASSES: dict[str, Any] = {
     "encoder": Encoder,
     "causal-lm": Decoder,
@@ -84,7 +84,7 @@ def from_pretrained(
         CheckpointError: files are missing, damaged or unsafe, or their tensors do not fit the model: one message lists
             all that are missing, unexpected or of another shape.
         ConfigError: config.json is damaged, impossible, or of an unknown family.
-        ArgumentError: the family has no such task.
+        ArgumentError: the family has no such task. DeviceError, DtypeError: there is no such device or dtype.
 
     Example:
         >>> import tempfile, transfuse
@@ -94,14 +94,14 @@ def from_pretrained(
         ...     transfuse.from_pretrained(folder).config == config
         True
     """
-    if dtype is not None and dtype not in _DTYPES.values():
-        raise DtypeError(f"from_pretrained: dtype must be one of {', '.join(_DTYPES)}, got {dtype}")
+    check_dtype(dtype)
+    where = usable_device(device)
     path = locate_model(path_or_id, revision)
     values, source = _open(path)
     family = find_family(values.get("model_type"))
     if task is None:
         task = family.task_of(values.get("architectures"))
-    elif task not in family.tasks:
+    elif not isinstance(task, str) or task not in family.tasks:
         raise ArgumentError(f"from_pretrained: {family.name} has no task {task!r}; it has {', '.join(family.tasks)}")
     config = family.read_config(values, task)
     if task == "encoder" and config.pooler and not any("pooler." in name for name in source.entries):
@@ -113,7 +113,7 @@ def from_pretrained(
     model = _build(task, config, len(labels), dtype or _stored_dtype(values, source))
     model.labels = labels
     plan = _plan(match or _match(family, config, task, native.table_of(model, task), source), model)
-    model.to_empty(device=torch.get_default_device() if device is None else device)
+    model.to_empty(device=where)
     _fill(model, plan, source)
     return model.eval()
 
@@ -125,9 +125,13 @@ def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> 
     beside its final name and then renamed, so a crash leaves the old file or the new one, never half of one.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written. ArgumentError: the model is of another kind, or without values.
     """
     task = _task_of(model)
+    if model.device.type == "meta":
+        raise ArgumentError(
+            "save_pretrained: the model is on the meta device and has no values; load or make them first"
+        )
     family, values = _written_config(model.config, task)
     state = model.state_dict()
     table = native.table_of(model, task) if family is native.FAMILY else family.table(model.config, task)
@@ -172,8 +176,8 @@ def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
 def _stored_dtype(values: Mapping[str, Any], source: TensorSource) -> torch.dtype:
     """What the checkpoint says it is, else what most of its numbers are, else fp32 (quantised files)."""
     said = values.get("dtype", values.get("torch_dtype"))
-    if isinstance(said, str) and said.removeprefix("torch.") in _DTYPES:
-        return _DTYPES[said.removeprefix("torch.")]
+    if isinstance(said, str) and said.removeprefix("torch.") in DTYPES:
+        return DTYPES[said.removeprefix("torch.")]
     counts = dict.fromkeys(FLOAT_DTYPES.values(), 0)
     if isinstance(source, SafetensorsSource):
         for info in source.entries.values():

@@ -42,6 +42,7 @@ class Seq2Seq(TransformerModel):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self._check(config, dtype)
         super().__init__()
         if not config.is_encoder_decoder:
             raise ConfigError(
@@ -94,6 +95,7 @@ class Seq2Seq(TransformerModel):
         if decoder_input_ids is None:
             raise ArgumentError("Seq2Seq: decoder_input_ids is missing; begin with decoder_start_token_id")
         check_ids("decoder_input_ids", decoder_input_ids, self.decoder.embeddings.token.weight)
+        self.decoder.check_cache(cache)
         encoded = ModelOutput(last_hidden_state=encoder_hidden_states)
         if encoder_hidden_states is None and not (cache is not None and cache.has_cross):
             if input_ids is None:

@@ -61,6 +61,8 @@ class Stack(TransformerModel):
             cache.check_room(batch, new)
             past = cache.length
         padded = cache is not None and cache.mask is not None  # then there is nothing to find out
+        if token_type_ids is not None:
+            _check_like("token_type_ids", token_type_ids, input_ids, ((batch, new),))
         tokens = as_mask("attention_mask", attention_mask, input_ids, past, look=not padded)
         if cache is not None:
             tokens = cache.remember_mask(tokens, new)
@@ -103,12 +105,8 @@ class Stack(TransformerModel):
             return None, None
         batch, new = input_ids.shape
         if position_ids is not None:
-            ids = position_ids[None] if position_ids.dim() == 1 else position_ids
-            if ids.shape not in ((batch, new), (1, new)):
-                raise ArgumentError(
-                    f"position_ids: expected shape {(batch, new)} or {(1, new)}, got {tuple(position_ids.shape)}"
-                )
-            return ids, None
+            _check_like("position_ids", position_ids, input_ids, ((batch, new), (1, new), (new,)))
+            return (position_ids[None] if position_ids.dim() == 1 else position_ids), None
         if tokens is None:
             return torch.arange(past, past + new, device=input_ids.device)[None], past + new
         return (tokens.long().cumsum(1) - 1).clamp_min(0)[:, past:], past + new
@@ -116,13 +114,27 @@ class Stack(TransformerModel):
 
 def check_ids(name: str, ids: torch.Tensor, table: torch.Tensor) -> None:
     """Token ids are integers, (batch, length), where the model is."""
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
-        got = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise DtypeError(f"{name}: expected an integer tensor (batch, length), got {got}")
+    _check_integers(name, ids, "(batch, length)")
     if ids.dim() != 2:
         raise ArgumentError(f"{name}: expected shape (batch, length), got {tuple(ids.shape)}; one row needs ids[None]")
     if ids.device != table.device and table.device.type != "meta":  # meta: offloaded, it arrives when it is needed
         raise DeviceError(f"{name}: must be on {table.device} like the model, got {ids.device}; move it there")
+
+
+def _check_like(name: str, x: torch.Tensor, ids: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Numbers that go with token ids: integers of one of these shapes, where the ids are."""
+    wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))
+    _check_integers(name, x, wanted)
+    if x.shape not in shapes:
+        raise ArgumentError(f"{name}: expected shape {wanted}, got {tuple(x.shape)}")
+    if x.device != ids.device:
+        raise DeviceError(f"{name}: must be on {ids.device} like input_ids, got {x.device}; move it there")
+
+
+def _check_integers(name: str, x: torch.Tensor, shape: str) -> None:
+    if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise DtypeError(f"{name}: expected an int64 or int32 tensor {shape}, got {got}")
 
 
 def as_mask(
@@ -134,6 +146,8 @@ def as_mask(
     """
     if mask is None:
         return None
+    if not isinstance(mask, torch.Tensor):
+        raise DtypeError(f"{name}: expected a tensor with 1 = token, 0 = padding, got {type(mask).__name__}")
     batch, new = masked.shape[:2]
     shapes = ((batch, new), (batch, past + new))
     if mask.shape not in shapes:
@@ -141,9 +155,14 @@ def as_mask(
         raise ArgumentError(f"{name}: expected shape {wanted} with 1 = token, 0 = padding, got {tuple(mask.shape)}")
     if mask.device != masked.device:
         raise DeviceError(f"{name}: must be on {masked.device} like what it masks, got {mask.device}; move it there")
-    mask = mask.bool()
+    tokens = mask.bool()
     if not look or torch.compiler.is_compiling() or mask.device.type == "meta":
-        return mask
+        return tokens
     if mask.is_cuda and torch.cuda.is_current_stream_capturing():
-        return mask
-    return None if bool(mask.all()) else mask
+        return tokens
+    if mask.is_floating_point() and not torch.equal(tokens.to(mask.dtype), mask):
+        raise ArgumentError(
+            f"{name}: expected 1 = token, 0 = padding, got numbers from {mask.min():g} to {mask.max():g}; a mask to be "
+            "added to scores becomes one by `mask == 0`"
+        )
+    return None if bool(tokens.all()) else tokens
