@@ -352,6 +352,31 @@ def test_dropout_follows_the_seed(backend, device):
     assert not torch.equal(draw(1), attention(**tensors, dropout_p=0.5, backend=backend))
 
 
+def test_the_reference_and_the_registered_op_draw_the_same_mask():
+    q, k, v = (torch.randn(2, 4, 9, 16) for _ in range(3))
+    torch.manual_seed(3)
+    expected = attention(q, k, v, dropout_p=0.4, backend="reference")
+    torch.manual_seed(3)
+    seed = philox.draw_seed()
+    out, _ = torch.ops.transfuse.attention(q, k, v, *Variant(scale=0.25, dropout_p=0.4), seed, "torch")
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("feature", ["causal", "bias", "lower_right-mask-bias-alibi-window-softcap-sinks"])
+def test_gradients_repeat_bitwise(feature, scores, backend, device):
+    more, options = features(feature, SHAPES[1], torch.float32, device)
+    tensors = {**inputs(SHAPES[1], torch.float32, device), **more}
+    skip_unless(registration.why_not(backend, "attention", *(tensors[n] for n in "qkv"), Variant()))
+    leaves = [t.requires_grad_() for t in tensors.values() if t.is_floating_point()]
+
+    def gradients():
+        out = attention(**tensors, **options, deterministic=True, backend=backend)
+        return torch.autograd.grad(out.sum(), leaves)
+
+    for a, b in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(a, b)
+
+
 # --- attention_weights ----------------------------------------------------------------------------------------------
 
 

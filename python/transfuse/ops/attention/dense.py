@@ -151,7 +151,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if name == "torch":
         return torch_impl.attention(q, k, v, variant, with_lse)
-    seed = philox.draw_seed() if variant.dropout_p > 0 else None
+    seed = philox.draw_seed(q.device) if variant.dropout_p > 0 else None
     if name == "reference":
         return reference.attention(q, k, v, variant, torch_impl.keep_of(variant, seed, q, k))
     out, lse = torch.ops.transfuse.attention(q, k, v, *variant, seed, name)

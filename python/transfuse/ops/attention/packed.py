@@ -159,7 +159,7 @@ def attention_varlen(
         keep = _keep(variant, q, cu_seqlens_q.shape[0] - 1, max_q, max_k)
         out, lse = reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, variant, keep)
     else:
-        seed = philox.draw_seed() if dropout_p > 0 else None
+        seed = philox.draw_seed(q.device) if dropout_p > 0 else None
         out, lse = torch.ops.transfuse.attention_varlen(q, k, v, *where, *variant, seed, name)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
@@ -167,7 +167,7 @@ def attention_varlen(
 def _keep(variant: Variant, q: torch.Tensor, batch: int, max_q: int, max_k: int) -> torch.Tensor | None:
     if variant.dropout_p == 0:
         return None
-    return philox.keep_mask(philox.draw_seed(), variant.dropout_p, batch, q.shape[1], max_q, max_k, q.device)
+    return philox.keep_mask(philox.draw_seed(q.device), variant.dropout_p, batch, q.shape[1], max_q, max_k, q.device)
 
 
 def _check(

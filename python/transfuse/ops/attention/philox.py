@@ -1,4 +1,4 @@
-"""Which probabilities dropout keeps, as a function of a seed: the same for every implementation, in any order.
+"""Which probabilities dropout keeps, as a function of a seed: the same for every implementation that is given one, in any order.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a 64-bit key
 and a 128-bit counter into four 32-bit words. The word of the probability of query row r = (b * heads + h) * q_len + i
@@ -47,6 +47,9 @@ def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     return product & _LOW, product >> 32 & _LOW
 
 
-def draw_seed() -> torch.Tensor:
-    """A fresh seed, int64 (2,), from torch's default generator."""
-    return torch.randint(0, 2**63 - 1, (2,))
+def draw_seed(device: torch.device | None = None) -> torch.Tensor:
+    """A fresh seed, int64 (2,), from torch's generator of that device (the CPU's by default).
+
+    On a GPU it stays there, so that a captured graph draws anew at each replay.
+    """
+    return torch.randint(0, 2**63 - 1, (2,), device=device)
