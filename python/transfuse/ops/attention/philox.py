@@ -1,4 +1,4 @@
-"""Which probabilities dropout keeps, as a function of a seed: the same for every implementation that is given one, in any order.
+"""Which probabilities dropout keeps, as a function of a seed: the same wherever a seed is given, in any order.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a 64-bit key
 and a 128-bit counter into four 32-bit words. The word of the probability of query row r = (b * heads + h) * q_len + i
