@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from conftest import skip_unless
 from oracle import check
 from transfuse.errors import ArgumentError, BackendError, DeviceError, DtypeError
-from transfuse.ops.attention.philox import keep_mask
+from transfuse.ops._philox import keep_mask
 from transfuse.ops.ffn import ACTIVATIONS, _why_not, ffn, linear_act, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

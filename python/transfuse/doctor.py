@@ -245,7 +245,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     """Print a report of :func:`examine` for people."""
     from rich.table import Table
 
-    console.print(_chosen_line(report["chosen"]), style=None if healthy(report) else "red")
+    console.print(_chosen_line(report["chosen"]), soft_wrap=True, style=None if healthy(report) else "red")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True, header_style="bold")
     table.add_column("backend")
     table.add_column("usable")

@@ -8,8 +8,8 @@ import torch
 
 from transfuse.backends import choose
 from transfuse.errors import ArgumentError, DtypeError
-from transfuse.ops import _validate
-from transfuse.ops.attention import arguments, philox, reference, registration, torch_impl, torch_sequences
+from transfuse.ops import _philox, _validate
+from transfuse.ops.attention import arguments, reference, registration, torch_impl, torch_sequences
 
 
 @overload
@@ -141,7 +141,7 @@ def attention_decode(
     if name == "torch":
         out, lse = torch_sequences.attention_decode(q, k_cache, v_cache, cache_lengths, variant, return_lse)
     else:
-        seed = philox.draw_seed(q.device) if dropout_p > 0 else None
+        seed = _philox.draw_seed(q.device) if dropout_p > 0 else None
         if name == "reference":
             keep = torch_impl.keep_of(variant, seed, q, k_cache)
             out, lse = reference.attention_decode(q, k_cache, v_cache, cache_lengths, variant, keep)

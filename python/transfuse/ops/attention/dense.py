@@ -7,8 +7,8 @@ from typing import Literal, overload
 import torch
 
 from transfuse.backends import choose
-from transfuse.ops import _validate
-from transfuse.ops.attention import arguments, philox, reference, registration, torch_impl
+from transfuse.ops import _philox, _validate
+from transfuse.ops.attention import arguments, reference, registration, torch_impl
 from transfuse.ops.attention.variant import Variant
 
 
@@ -151,7 +151,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if name == "torch":
         return torch_impl.attention(q, k, v, variant, with_lse)
-    seed = philox.draw_seed(q.device) if variant.dropout_p > 0 else None
+    seed = _philox.draw_seed(q.device) if variant.dropout_p > 0 else None
     if name == "reference":
         return reference.attention(q, k, v, variant, torch_impl.keep_of(variant, seed, q, k))
     out, lse = torch.ops.transfuse.attention(q, k, v, *variant, seed, name)

@@ -9,8 +9,8 @@ import torch
 
 from transfuse.backends import choose
 from transfuse.errors import ArgumentError, DtypeError
-from transfuse.ops import _validate
-from transfuse.ops.attention import arguments, philox, reference, registration, torch_sequences
+from transfuse.ops import _philox, _validate
+from transfuse.ops.attention import arguments, reference, registration, torch_sequences
 from transfuse.ops.attention.variant import Variant
 
 
@@ -159,7 +159,7 @@ def attention_varlen(
         keep = _keep(variant, q, cu_seqlens_q.shape[0] - 1, max_q, max_k)
         out, lse = reference.attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, variant, keep)
     else:
-        seed = philox.draw_seed(q.device) if dropout_p > 0 else None
+        seed = _philox.draw_seed(q.device) if dropout_p > 0 else None
         out, lse = torch.ops.transfuse.attention_varlen(q, k, v, *where, *variant, seed, name)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
@@ -167,7 +167,7 @@ def attention_varlen(
 def _keep(variant: Variant, q: torch.Tensor, batch: int, max_q: int, max_k: int) -> torch.Tensor | None:
     if variant.dropout_p == 0:
         return None
-    return philox.keep_mask(philox.draw_seed(q.device), variant.dropout_p, batch, q.shape[1], max_q, max_k, q.device)
+    return _philox.keep_mask(_philox.draw_seed(q.device), variant.dropout_p, batch, q.shape[1], max_q, max_k, q.device)
 
 
 def _check(

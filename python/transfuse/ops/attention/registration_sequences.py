@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from transfuse.ops import _registry
-from transfuse.ops.attention import philox, torch_sequences
+from transfuse.ops import _philox, _registry
+from transfuse.ops.attention import torch_sequences
 from transfuse.ops.attention.registration import (
     FIELDS,
     N,
@@ -111,7 +111,7 @@ def _varlen(
     keep = None
     if variant.dropout_p > 0 and seed is not None:
         batch = cu_seqlens_q.shape[0] - 1
-        keep = philox.keep_mask(seed, variant.dropout_p, batch, q.shape[1], max_q, max_k, q.device)
+        keep = _philox.keep_mask(seed, variant.dropout_p, batch, q.shape[1], max_q, max_k, q.device)
     return torch_sequences.packed_parts(cu_seqlens_q, cu_seqlens_k), keep
 
 
@@ -120,7 +120,9 @@ def _decode(
 ) -> tuple[list[Cached], torch.Tensor | None]:
     keep = None
     if variant.dropout_p > 0 and seed is not None:
-        keep = philox.keep_mask(seed, variant.dropout_p, q.shape[0], q.shape[1], q.shape[2], k_cache.shape[2], q.device)
+        keep = _philox.keep_mask(
+            seed, variant.dropout_p, q.shape[0], q.shape[1], q.shape[2], k_cache.shape[2], q.device
+        )
     return torch_sequences.cached_parts(cache_lengths, q.shape[2]), keep
 
 

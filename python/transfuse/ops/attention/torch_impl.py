@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from transfuse.ops.attention import philox, torch_eager, torch_explicit, torch_flash
+from transfuse.ops import _philox
+from transfuse.ops.attention import torch_eager, torch_explicit, torch_flash
 from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.variant import Variant, shift, unlimited, visible_columns
 
@@ -85,7 +86,7 @@ def keep_of(variant: Variant, seed: torch.Tensor | None, q: torch.Tensor, k: tor
     """The dropout mask that a seed stands for."""
     if variant.dropout_p == 0 or seed is None:
         return None
-    return philox.keep_mask(seed, variant.dropout_p, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
+    return _philox.keep_mask(seed, variant.dropout_p, q.shape[0], q.shape[1], q.shape[2], k.shape[2], q.device)
 
 
 def draw_keep(q: torch.Tensor, k: torch.Tensor, variant: Variant) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from transfuse.backends import choose
 from transfuse.errors import ArgumentError
 from transfuse.ops import _autocast, _registry, _validate
-from transfuse.ops.attention.philox import draw_seed
+from transfuse.ops._philox import draw_seed
 from transfuse.ops.ffn import reference, torch_impl
 
 __all__ = ["ACTIVATIONS", "ffn", "linear_act"]
@@ -71,7 +71,7 @@ def ffn(
         scale = F.dropout(x.new_ones(*x.shape[:-1], w1.shape[0]), dropout_p) if dropout_p > 0.0 else None
         return reference.ffn(x, w1, b1, w2, b2, activation, w_gate, scale)
     x, w1, b1, w2, b2, w_gate = _cast(x, w1, b1, w2, b2, w_gate)
-    seed = draw_seed() if dropout_p > 0.0 else None
+    seed = draw_seed(x.device) if dropout_p > 0.0 else None
     save = _needs_graph(x, w1, b1, w2, b2, w_gate)
     return torch.ops.transfuse.ffn(x, w1, b1, w2, b2, w_gate, activation, dropout_p, seed, save, name)[0]
 

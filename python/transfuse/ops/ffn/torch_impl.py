@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from transfuse.ops.attention.philox import keep_mask
+from transfuse.ops._philox import keep_mask
 
 aten = torch.ops.aten
 
