@@ -113,8 +113,11 @@ def test_embed_mistakes(encoder, tokenizer):
     seq2seq = transfuse.Seq2Seq(config("encoder_decoder"))
     for call, message in [
         (lambda: tasks.embed(encoder, tokenizer, TEXTS, pooling="cls"), "one of mean, max, first, last, got 'cls'"),
-        (lambda: tasks.embed(encoder, tokenizer, TEXTS, batch_size=0), "batch_size must be at least 1, got 0"),
-        (lambda: tasks.embed(encoder, tokenizer, TEXTS, max_length=2), "max_length must be at least 3, got 2"),
+        (lambda: tasks.embed(encoder, tokenizer, TEXTS, batch_size=0), "batch_size must be a whole .* got 0"),
+        (lambda: tasks.embed(encoder, tokenizer, TEXTS, batch_size=1.5), "batch_size must be a whole .* got 1.5"),
+        (lambda: tasks.embed(encoder, tokenizer, TEXTS, max_length=2), "max_length must be .* at least 3, got 2"),
+        (lambda: tasks.embed(encoder, tokenizer, None), "embed: texts: expected a text or several, got NoneType"),
+        (lambda: tasks.embed(encoder, tokenizer, ["a", 2]), r"embed: texts: expected texts \(str\), got int"),
         (lambda: tasks.embed(encoder, bare, ["a", "", "b"]), r"every text must hold a token, texts\[1\] is ''"),
         (lambda: tasks.embed(encoder, bare, [""]), r"every text must hold a token, texts\[0\] is ''"),
         (lambda: tasks.embed(seq2seq, tokenizer, TEXTS), "expected an Encoder or a Decoder, got an encoder-decoder"),
@@ -215,5 +218,7 @@ def test_text_mistakes(decoder, tokenizer):
         for function in (tasks.generate, tasks.stream_text):
             with pytest.raises(ArgumentError, match=message):
                 call(function)
+    with pytest.raises(ArgumentError, match="generate: prompts: expected a text or several, got NoneType"):
+        tasks.generate(decoder, tokenizer, None)
     with pytest.raises(ArgumentError, match="expected at least one prompt, got none"):
         tasks.generate(decoder, tokenizer, [])

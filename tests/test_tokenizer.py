@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from transfuse.errors import ArgumentError, CheckpointError
+from transfuse.errors import ArgumentError, CheckpointError, DeviceError
 from transfuse.models.tokenizer import Tokenizer, TokenizerSettings
 from transfuse.models.tokenizer_files import load_tokenizer
 
@@ -144,15 +145,45 @@ def test_empty_batch_has_empty_tensors(bert_folder: Path) -> None:
     [
         (lambda t: t(["a", "b"], ["c"]), "got 2 texts and 1 pairs"),
         (lambda t: t(["a"], padding_side="middle"), "got 'middle'"),
-        (lambda t: t(["a"], max_length=2), "max_length must be at least 3, got 2"),
+        (lambda t: t(["a"], max_length=2), "max_length must be a whole number of at least 3, got 2"),
         (lambda t: t(["a"], pad_to_multiple_of=0), "at least 1, got 0"),
         (lambda t: t([1]), r"expected texts \(str\), got int"),
+        (lambda t: t(None), "expected a text or several, got NoneType"),
+        (lambda t: t(b"a"), "expected a text or several, got bytes"),
+        (lambda t: t(["a", "b\udcff"]), r"not valid Unicode, character 1 is '\\udcff'"),
+        (lambda t: t.encode("\udcff"), "not valid Unicode, character 0"),
+        (lambda t: t.encode(None), r"expected texts \(str\), got NoneType"),
+        (lambda t: t(["a"], max_length="9"), "max_length must be a whole number of at least 3, got '9'"),
         (lambda t: t.decode([[1, 2]]), "use batch_decode"),
+        (lambda t: t.decode([1.5]), r"decode: expected a sequence of token ids, got \[1.5\]"),
+        (lambda t: t.decode([-1]), r"expected a sequence of token ids, got \[-1\]"),
+        (lambda t: t.decode(3), "expected a sequence of token ids, got 3"),
+        (lambda t: t.batch_decode(torch.tensor([1, 2])), "expected a sequence of token ids, got 1"),
     ],
 )
 def test_wrong_arguments(bert_folder: Path, call: object, expected: str) -> None:
     with pytest.raises(ArgumentError, match=expected):
         call(load_tokenizer(bert_folder))  # type: ignore[operator]
+
+
+def test_no_such_device(bert_folder: Path) -> None:
+    with pytest.raises(DeviceError, match="got 'nonsense'"):
+        load_tokenizer(bert_folder)("a", device="nonsense")
+
+
+def test_threads_do_not_cut_one_anothers_texts(bert_folder: Path) -> None:
+    tokenizer, text = load_tokenizer(bert_folder), "unaffable " * 50
+    whole, found = len(tokenizer.encode(text)), []
+
+    def run(max_length: int | None) -> None:
+        found.extend(tokenizer(text, max_length=max_length)["input_ids"].shape[1] for _ in range(200))
+
+    threads = [threading.Thread(target=run, args=(max_length,)) for max_length in (None, 5, None, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [5] * 200 + [9] * 200 + [whole] * 400
 
 
 def test_batch_decode_of_a_tensor(gpt2_folder: Path) -> None:

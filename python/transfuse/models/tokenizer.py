@@ -7,7 +7,8 @@ The work is done by the ``tokenizers`` library; this module adds what models nee
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -16,9 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from transfuse.errors import ArgumentError, CheckpointError, MissingDependencyError
+from transfuse.models.placement import usable_device
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+# Truncation is a state of the library's tokenizer: a thread that wants it must not cut another's texts.
+_encoding = threading.Lock()
 
 SPECIAL_TOKENS = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
 
@@ -106,14 +111,20 @@ class Tokenizer:
 
     def encode(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of one text (or of a pair, as the model joins pairs)."""
-        return list(self.backend.encode(text, pair, add_special_tokens=add_special_tokens).ids)
+        for given in (text,) if pair is None else (text, pair):
+            _check_text("tokenizer: text", given)
+        with _encoding:
+            return list(self.backend.encode(text, pair, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
-        """The text of a sequence of ids: a list, or a 1-D integer tensor."""
-        values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
-        if any(isinstance(value, list) for value in values):
-            raise ArgumentError("decode: expected one sequence of ids, got several; use batch_decode")
-        return str(self.backend.decode(values, skip_special_tokens=skip_special_tokens))
+        """The text of a sequence of ids: a list, or a 1-D integer tensor. Unknown ids give nothing."""
+        try:
+            values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+            if any(isinstance(value, list) for value in values):
+                raise ArgumentError("decode: expected one sequence of ids, got several; use batch_decode")
+            return str(self.backend.decode(values, skip_special_tokens=skip_special_tokens))
+        except (TypeError, OverflowError) as error:
+            raise ArgumentError(f"decode: expected a sequence of token ids, got {repr(ids)[:80]} ({error})") from error
 
     def batch_decode(
         self, rows: Sequence[Sequence[int]] | torch.Tensor, *, skip_special_tokens: bool = True
@@ -151,19 +162,17 @@ class Tokenizer:
         Raises:
             ArgumentError: the arguments do not fit together.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        pairs = [pairs] if isinstance(pairs, str) else None if pairs is None else list(pairs)
+        texts = as_texts("tokenizer: texts", texts)
+        pairs = None if pairs is None else as_texts("tokenizer: pairs", pairs)
+        where = None if device is None else usable_device(device)
         side = padding_side or self.settings.padding_side
         if side not in ("left", "right"):
             raise ArgumentError(f"tokenizer: padding_side must be 'left' or 'right', got {side!r}")
         if pairs is not None and len(pairs) != len(texts):
             raise ArgumentError(f"tokenizer: expected one pair per text, got {len(texts)} texts and {len(pairs)} pairs")
-        for value in [*texts, *(pairs or ())]:
-            if not isinstance(value, str):
-                raise ArgumentError(f"tokenizer: expected texts (str), got {type(value).__name__}")
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ArgumentError(f"tokenizer: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
-        inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        inputs: list[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
         encodings = self._encode_batch(inputs, max_length, add_special_tokens)
         length = max((len(encoding.ids) for encoding in encodings), default=0)
         if pad_to_multiple_of:
@@ -173,7 +182,7 @@ class Tokenizer:
             out = torch.full((len(rows), length), fill, dtype=torch.long)
             for row, values in zip(out, rows, strict=True):
                 row[length - len(values) if side == "left" else 0 :][: len(values)] = torch.tensor(values)
-            return out.to(device)
+            return out if where is None else out.to(where)
 
         batch = {
             "input_ids": table([e.ids for e in encodings], self.pad_token_id),
@@ -185,16 +194,18 @@ class Tokenizer:
 
     def _encode_batch(self, inputs: list[Any], max_length: int | None, add_special_tokens: bool) -> list[Any]:
         if max_length is None:
-            return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
+            with _encoding:
+                return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
         pair = bool(inputs) and isinstance(inputs[0], tuple)
         least = 1 + (self.backend.num_special_tokens_to_add(pair) if add_special_tokens else 0)
-        if max_length < least:
-            raise ArgumentError(f"tokenizer: max_length must be at least {least}, got {max_length}")
-        self.backend.enable_truncation(max_length)
-        try:
-            return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
-        finally:
-            self.backend.no_truncation()
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < least:
+            raise ArgumentError(f"tokenizer: max_length must be a whole number of at least {least}, got {max_length!r}")
+        with _encoding:
+            self.backend.enable_truncation(max_length)
+            try:
+                return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
+            finally:
+                self.backend.no_truncation()
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """A fresh incremental decoder: ``put`` each new id, print what it returns, ``end`` for the rest."""
@@ -233,6 +244,34 @@ class Tokenizer:
             (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot write the tokenizer: {error.strerror or error}") from error
+
+
+def as_texts(name: str, texts: str | Sequence[str]) -> list[str]:
+    """One text or several, as a list.
+
+    Raises:
+        ArgumentError: it is something else, or a text is no valid Unicode.
+
+    >>> as_texts("texts", "one"), as_texts("texts", ("a", "b"))
+    (['one'], ['a', 'b'])
+    """
+    given: Any = [texts] if isinstance(texts, str) else texts
+    if not isinstance(given, Iterable) or isinstance(given, bytes):
+        raise ArgumentError(f"{name}: expected a text or several, got {type(texts).__name__}")
+    found = list(given)
+    for text in found:
+        _check_text(name, text)
+    return found
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ArgumentError(f"{name}: expected texts (str), got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        character = ascii(text[error.start])
+        raise ArgumentError(f"{name}: not valid Unicode, character {error.start} is {character}") from error
 
 
 class StreamDecoder:

@@ -10,10 +10,10 @@ import torch
 from transfuse.errors import ArgumentError
 from transfuse.generation.decode import evaluating
 from transfuse.generation.prompt import counts_positions
+from transfuse.models.tokenizer import Tokenizer, as_texts
 
 if TYPE_CHECKING:
     from transfuse.models import Decoder, Encoder
-    from transfuse.models.tokenizer import Tokenizer
 
 
 @torch.no_grad()
@@ -60,12 +60,12 @@ def embed(
     pool = _POOLS.get(pooling)
     if pool is None:
         raise ArgumentError(f"embed: pooling must be one of {', '.join(_POOLS)}, got {pooling!r}")
-    if batch_size < 1:
-        raise ArgumentError(f"embed: batch_size must be at least 1, got {batch_size}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ArgumentError(f"embed: batch_size must be a whole number of at least 1, got {batch_size!r}")
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ArgumentError("embed: expected an Encoder or a Decoder, got an encoder-decoder; give its .encoder")
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = as_texts("embed: texts", texts)
     limit = _limit(model, tokenizer) if max_length is None else max_length
     vectors: list[torch.Tensor] = [torch.empty(0)] * len(texts)
     # A text's characters foretell its tokens well enough to sort by.

@@ -10,10 +10,10 @@ import torch
 
 from transfuse import generation
 from transfuse.errors import ArgumentError
+from transfuse.models.tokenizer import Tokenizer, as_texts
 
 if TYPE_CHECKING:
     from transfuse.models import Decoder, Seq2Seq
-    from transfuse.models.tokenizer import Tokenizer
 
 
 def generate(
@@ -56,7 +56,7 @@ def generate(
     >>> [len(text.split()) for text in generate(model, tokenizer, ["ab", "c"], max_new_tokens=4)]
     [4, 4]
     """
-    batch = _encode(model, tokenizer, [prompts] if isinstance(prompts, str) else list(prompts), add_special_tokens)
+    batch = _encode(model, tokenizer, as_texts("generate: prompts", prompts), add_special_tokens)
     ends = _ends(model, tokenizer, eos_token_id)
     tokens = generation.generate(
         model,
