@@ -78,6 +78,7 @@ def test_no_command_shows_the_help_and_is_a_mistake():
     result = run()
     assert result.exit_code == 2
     assert "Usage: " in result.stdout + result.stderr
+    assert "error: " not in result.stderr
 
 
 def test_version():
@@ -92,6 +93,7 @@ def test_version():
         (["doctor", "extra"], ["extra"]),
         (["demo", "--steps", "0"], ["--steps"]),
         (["demo", "--seed", "-1"], ["--seed"]),
+        (["demo", "--seed", str(2**64)], ["--seed"]),
         (["demo", "--backend", "opencl"], ["unknown backend 'opencl'", "cuda, triton, torch, reference"]),
         (["demo", "--out", "/proc/nowhere"], ["cannot make the folder /proc/nowhere"]),
         (["generate"], ["MODEL"]),
@@ -103,6 +105,7 @@ def test_version():
         (["generate", "m", "--prompt", "a", "--max-new-tokens", "0"], ["max_new_tokens"]),
         (["generate", "m", "--prompt", "a", "--repetition-penalty", "0"], ["repetition_penalty must be above 0"]),
         (["generate", "m", "--prompt", "a", "--seed", "-3"], ["--seed"]),
+        (["generate", "m", "--prompt", "a", "--seed", str(2**64)], ["--seed"]),
         (["generate", "m", "--prompt", "a", "--backend", "opencl"], ["unknown backend 'opencl'"]),
         (["generate", "m", "--prompt", "a", "--device", "tpu"], ["--device", "'tpu'"]),
         (["generate", "m", "--prompt", "a", "--device", "cuda:99"], ["there is no GPU 99 here"]),
@@ -112,6 +115,8 @@ def test_version():
         (["generate", "m", "--prompt", "a", "--file", "f"], ["not both"]),
         (["generate", "m", "--file", "/no/such/file"], ["cannot read /no/such/file"]),
         (["generate", "/no/such/model", "--prompt", "a"], ["/no/such/model"]),
+        (["generate", "a" * 300, "--prompt", "a"], ["cannot be looked up: File name too long"]),
+        (["generate", "~nobody-of-this-name/model", "--prompt", "a"], ["no such file or folder"]),
         (["embed", "/no/such/model", "a"], ["/no/such/model"]),
         (["embed", "m", "a", "--file", "f"], ["not both"]),
         (["embed", "m", " "], ["there is no text"]),
@@ -124,6 +129,13 @@ def test_version():
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, words):
     assert_mistake(run(*arguments), *words)
+
+
+def test_a_backend_that_cannot_run_is_told_before_the_demo_prints():
+    result = shell("demo", "--steps", "1", env=os.environ | {"TRANSFUSE_BACKEND": "nonsense"})
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: unknown backend 'nonsense'")
 
 
 def test_empty_standard_input_is_a_mistake():
@@ -279,9 +291,37 @@ def test_importing_the_package_imports_no_command_line():
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_told():
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "transfuse", "doctor", "--json"]
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
-    assert result.returncode != 0
-    assert "No space left" in result.stderr
+    assert result.returncode == 2
+    assert result.stderr == "error: cannot go on: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("closed, message", [("<&-", "or pipe text in"), (">&-", "standard output is closed")])
+def test_closed_streams_are_told(closed, message):
+    command = f"{sys.executable} -m transfuse embed /no/such/model {closed}"
+    result = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_what_the_output_cannot_spell_is_replaced(checkpoints):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    result = shell("embed", checkpoints["encoder"], "na\u00efve", "a", "--format", "table", env=environment)
+    assert result.returncode == 0
+    assert "na?ve" in result.stdout
+
+
+def test_the_mark_that_opens_some_utf8_files_is_no_text(checkpoints, tmp_path):
+    file = tmp_path / "sentences.txt"
+    file.write_bytes(b"\xef\xbb\xbfa cat\n")
+    assert json.loads(run("embed", checkpoints["encoder"], "--file", str(file)).stdout)["text"] == "a cat"
+
+
+def test_text_that_is_not_unicode(checkpoints):
+    for command in (["generate", checkpoints["decoder"], "--prompt"], ["embed", checkpoints["encoder"]]):
+        assert_mistake(run(*command, "a\udcff"), "not valid Unicode", "character 1")

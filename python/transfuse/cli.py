@@ -6,6 +6,7 @@ Status 1 says that something was found wrong (an op over its error budget, a bro
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from transfuse.errors import ArgumentError, TransfuseError
 
 _TABLE_TEXTS = 16  # similarities of more do not fit a line
 OK, WRONG, MISTAKE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+_MAX_SEED = 2**63 - 1
 
 
 class _Group(TyperGroup):
@@ -44,6 +46,8 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            if sys.stdout is None:
+                raise ArgumentError("standard output is closed")
             super().invoke(ctx)
             sys.stdout.flush()
         except TransfuseError as error:
@@ -51,17 +55,28 @@ class _Group(TyperGroup):
         except KeyboardInterrupt as error:
             raise typer.Exit(INTERRUPTED) from error
         except BrokenPipeError as error:
-            # The reader has gone; the interpreter's own flush at exit must not complain about it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _leave_output()
             raise typer.Exit(PIPE_CLOSED) from error
+        except OSError as error:
+            _leave_output()
+            raise typer.Exit(_say_mistake(f"cannot go on: {error}", error)) from error
+
+
+def _leave_output() -> None:
+    """Write what is pending; where that cannot be, the interpreter's own flush at exit must not complain about it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say_mistake(message: str, error: BaseException) -> int:
     """Print one line; returns the exit status of a user's mistake."""
     if os.environ.get("TRANSFUSE_DEBUG") == "1":
         raise error
-    console = Console(stderr=True, highlight=False)
-    console.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", soft_wrap=True)
+    if message:  # without a command typer shows the help and has nothing to add
+        console = Console(stderr=True, highlight=False)
+        console.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", soft_wrap=True)
     return MISTAKE
 
 
@@ -78,6 +93,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the command ``transfuse``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding shows "?" for what it lacks
+        sys.stdout.reconfigure(errors="replace")
     app(prog_name="transfuse")
 
 
@@ -158,7 +175,7 @@ def demo(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Training steps.", show_default="1200, half a minute")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_MAX_SEED, help="Of everything random.")] = 0,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the pictures go.")] = Path(),
     backend: Backend = None,
 ) -> None:
@@ -192,7 +209,9 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest that together reach this.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than this times the likeliest.")] = None,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of the drawing.", show_default="a new one")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=_MAX_SEED, help="Of the drawing.", show_default="a new one")
+    ] = None,
     backend: Backend = None,
     device: Device = None,
     dtype: DtypeOption = None,
@@ -334,12 +353,12 @@ def _many_texts(given: list[str] | None, file: Path | None) -> list[str]:
 
 def _read(file: Path | None, instead: str) -> str:
     """A UTF-8 file, or standard input if there is none."""
-    if file is None and sys.stdin.isatty():
+    if file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise ArgumentError(f"give {instead}, or pipe text in")
     name = "standard input" if file is None else str(file)
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except OSError as error:
         raise ArgumentError(f"cannot read {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:

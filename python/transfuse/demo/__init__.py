@@ -29,7 +29,7 @@ from transfuse.demo.shakespeare import (
 )
 from transfuse.demo.shakespeare import Progress as TrainingProgress
 from transfuse.demo.threads import Threads
-from transfuse.errors import ArgumentError
+from transfuse.errors import ArgumentError, BackendError
 from transfuse.models import Decoder
 
 __all__ = ["run"]
@@ -58,9 +58,10 @@ def run(console: Console, *, seed: int, recipe: Recipe, out: Path, weights: bool
     _writable(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    backend = _why_this_backend(device)
     torch.manual_seed(seed)
     console.print(f"[bold]transfuse demo[/bold] on {_where(device)}")
-    console.print(_why_this_backend(device), soft_wrap=True)
+    console.print(backend, soft_wrap=True)
     ok = _check_ops(console, device, dtype, seed)
     if weights:
         from transfuse.demo.real_models import show_real_models
@@ -93,6 +94,8 @@ def _where(device: torch.device) -> str:
 def _why_this_backend(device: torch.device) -> str:
     asked = forced()
     if asked is not None:
+        if (reason := why_not(asked, device)) is not None:
+            raise BackendError(f"demo: backend {asked!r} cannot run here: {reason}")
         return f"backend: [bold]{escape(asked)}[/bold], because it was asked for"
     reasons: list[str] = []
     for name in AUTOMATIC:
