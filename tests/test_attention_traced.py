@@ -298,7 +298,11 @@ def test_exports():
     torch.testing.assert_close(program.module()(*longer), Module()(*longer))
 
 
-@pytest.mark.parametrize("options", [{"causal": True}, {"softcap": 2.0, "window": (2, 2)}], ids=["causal", "softcap"])
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"softcap": 2.0, "window": (2, 2)}, {"mask": torch.tensor([True, False, True, False, True])}],
+    ids=["causal", "softcap", "mask"],
+)
 def test_function_transforms(options):
     q, k, v = (torch.randn(3, 2, 2, 5, 8, dtype=torch.float64) for _ in range(3))
 

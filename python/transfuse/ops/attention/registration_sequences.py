@@ -27,9 +27,6 @@ from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.torch_sequences import Cached, Packed
 from transfuse.ops.attention.variant import Variant, statistics_dtype
 
-# Both ops are called (q, k, v, *where, *variant, seed, backend) with where = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
-# or (cache_lengths,): everything below is written once, over the number of tensors and of integers in it.
-
 
 def attention_varlen_forward(
     q: torch.Tensor,
@@ -139,106 +136,105 @@ def _function(backend: str, name: str) -> Callable[..., Any]:
     return found
 
 
-def _register(name: str, where: str, tensors: int, count: int) -> None:
-    """``where``: the schema of what tells the sequences apart: so many tensors, among so many arguments."""
+class _Op:
+    """Both ops are called (q, k, v, *where, *variant, seed, backend): all is written once, over what ``where`` is.
 
-    def forward(q, k, v, *rest):  # type: ignore[no-untyped-def]
-        variant, (seed, backend) = Variant(*rest[count : count + N]), rest[count + N :]
-        out, lse = _function(backend, f"{name}_forward")(q, k, v, *rest[:count], variant, seed)
+    where: (cu_seqlens_q, cu_seqlens_k, max_q, max_k) or (cache_lengths,), told by ``schema``: ``count`` arguments, of
+    which the first ``tensors`` are tensors.
+    """
+
+    def __init__(self, name: str, schema: str, tensors: int, count: int) -> None:
+        self.name, self.tensors, self.count = name, tensors, count
+        qkv = "Tensor q, Tensor k, Tensor v"
+        rest = f"{schema}, {FIELDS}, Tensor? seed"
+        _registry.define(
+            name, f"({qkv}, {rest}, str backend) -> (Tensor out, Tensor lse)", self.forward, self.forward_fake
+        )
+        _registry.define(
+            f"{name}_backward",
+            f"(Tensor dout, Tensor? dlse, {qkv}, Tensor out, Tensor lse, {rest}, bool[] want, str backend)"
+            " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
+            self.backward,
+            self.backward_fake,
+        )
+        _registry.autograd(name, self.setup, self.grad)
+        _registry.autograd(f"{name}_backward", self.backward_setup, self.double)
+
+    def split(self, rest):  # type: ignore[no-untyped-def]
+        """(where, variant, what follows)."""
+        return rest[: self.count], Variant(*rest[self.count : self.count + N]), rest[self.count + N :]
+
+    def forward(self, q, k, v, *rest):  # type: ignore[no-untyped-def]
+        where, variant, (seed, backend) = self.split(rest)
+        out, lse = _function(backend, f"{self.name}_forward")(q, k, v, *where, variant, seed)
         return out.contiguous(), lse.contiguous()
 
-    def forward_fake(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    def forward_fake(self, q, k, v, *rest):  # type: ignore[no-untyped-def]
         lse_shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
         return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(lse_shape, dtype=statistics_dtype(q))
 
-    def setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        q, k, v, *rest = inputs
-        of_variant, ctx.rest = split_variant(Variant(*rest[count : count + N]))
-        seed, ctx.backend = rest[count + N :]
-        ctx.integers = rest[tensors:count]
-        ctx.save_for_backward(q, k, v, *output, *rest[:tensors], *of_variant, seed)
+    def setup(self, ctx, inputs, output):  # type: ignore[no-untyped-def]
+        where, variant, (seed, ctx.backend) = self.split(inputs[3:])
+        of_variant, ctx.rest = split_variant(variant)
+        ctx.integers = where[self.tensors :]
+        ctx.save_for_backward(*inputs[:3], *output, *where[: self.tensors], *of_variant, seed)
         ctx.set_materialize_grads(False)
 
-    def grad(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+    def grad(self, ctx, dout, dlse):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, *saved, seed = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * (3 + count + N + 2)
+            return (None,) * (3 + self.count + N + 2)
         dout = torch.zeros_like(out) if dout is None else dout
-        of_variant = tuple(saved[tensors:])
-        want = wants(of_variant, ctx.needs_input_grad[4 + count : 7 + count])
-        dq, dk, dv, *others = getattr(torch.ops.transfuse, f"{name}_backward")(
-            dout,
-            dlse,
-            *(q, k, v, out, lse),
-            *saved[:tensors],
-            *ctx.integers,
-            *join_variant(of_variant, ctx.rest),
-            seed,
-            want,
-            ctx.backend,
-        )
+        where, of_variant = (*saved[: self.tensors], *ctx.integers), tuple(saved[self.tensors :])
+        want = wants(of_variant, ctx.needs_input_grad[4 + self.count : 7 + self.count])
+        variant = join_variant(of_variant, ctx.rest)
+        backward = getattr(torch.ops.transfuse, f"{self.name}_backward")
+        dq, dk, dv, *others = backward(dout, dlse, q, k, v, out, lse, *where, *variant, seed, want, ctx.backend)
         of_tensors = [g if w else None for g, w in zip(others, want, strict=True)]
-        return dq, dk, dv, *(None,) * (count + 1), *of_tensors, *(None,) * (N - 4 + 2)
+        return dq, dk, dv, *(None,) * (self.count + 1), *of_tensors, *(None,) * (N - 4 + 2)
 
-    def backward(dout, dlse, q, k, v, out, lse, *rest):  # type: ignore[no-untyped-def]
-        variant, (seed, want, backend) = Variant(*rest[count : count + N]), rest[count + N :]
-        grads = _function(backend, f"{name}_backward")(
-            dout, dlse, q, k, v, out, lse, *rest[:count], variant, seed, tuple(want)
-        )
+    def backward(self, dout, dlse, q, k, v, out, lse, *rest):  # type: ignore[no-untyped-def]
+        where, variant, (seed, want, backend) = self.split(rest)
+        function = _function(backend, f"{self.name}_backward")
+        grads = function(dout, dlse, q, k, v, out, lse, *where, variant, seed, tuple(want))
         return tuple(or_empty(g, q) for g in grads)
 
-    def backward_fake(dout, dlse, q, k, v, out, lse, *rest):  # type: ignore[no-untyped-def]
-        of_variant, want = rest[count + 1 : count + 4], rest[count + N + 1]
-        others = [contiguous_like(t) if w else q.new_empty(0) for t, w in zip(of_variant, want, strict=True)]
+    def backward_fake(self, dout, dlse, q, k, v, out, lse, *rest):  # type: ignore[no-untyped-def]
+        _, variant, (_, want, _) = self.split(rest)
+        others = [contiguous_like(t) if w else q.new_empty(0) for t, w in zip(variant[1:4], want, strict=True)]
         return contiguous_like(q), contiguous_like(k), contiguous_like(v), *others
 
-    def backward_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        dout, dlse, q, k, v, _, _, *rest = inputs
-        of_variant, ctx.rest = split_variant(Variant(*rest[count : count + N]))
-        seed, ctx.want, _ = rest[count + N :]
-        ctx.integers = rest[tensors:count]
-        ctx.save_for_backward(dout, dlse, q, k, v, *rest[:tensors], *of_variant, seed)
+    def backward_setup(self, ctx, inputs, output):  # type: ignore[no-untyped-def]
+        where, variant, (seed, ctx.want, _) = self.split(inputs[7:])
+        of_variant, ctx.rest = split_variant(variant)
+        ctx.integers = where[self.tensors :]
+        ctx.save_for_backward(*inputs[:5], *where[: self.tensors], *of_variant, seed)
         ctx.set_materialize_grads(False)
 
-    def double(ctx, *grad_grads):  # type: ignore[no-untyped-def]
-        dout, dlse, q, k, v, *saved, mask, bias, slopes, sinks, seed = ctx.saved_tensors
+    def double(self, ctx, *grad_grads):  # type: ignore[no-untyped-def]
+        dout, dlse, q, k, v, *where, mask, bias, slopes, sinks, seed = ctx.saved_tensors
         contract = [*grad_grads[:3], *(g if w else None for g, w in zip(grad_grads[3:], ctx.want, strict=True))]
         if all(g is None for g in contract):
-            return (None,) * (7 + count + N + 3)
+            return (None,) * (7 + self.count + N + 3)
 
         def function(q, k, v, bias, slopes, sinks):  # type: ignore[no-untyped-def]
             variant = join_variant((mask, bias, slopes, sinks), ctx.rest)
-            if name == "attention_varlen":
-                parts, keep = _varlen(q, saved[0], saved[1], *ctx.integers, variant, seed)  # type: ignore[call-arg]
-                return torch_sequences.packed(q, k, v, parts, variant, keep, True, torch_sequences.explicit)
-            rows, keep = _decode(q, k, saved[0], variant, seed)
-            return torch_sequences.cached(q, k, v, rows, variant, keep, True, torch_sequences.explicit)
+            return self.differentiable(q, k, v, (*where, *ctx.integers), variant, seed)
 
         found, (g_dout, g_dlse) = _registry.double_backward(
             function, (q, k, v, bias, slopes, sinks), (dout, dlse), contract
         )
-        nothing = (None,) * (2 + count + 1)  # out, lse, where, mask
+        nothing = (None,) * (2 + self.count + 1)  # out, lse, where, mask
         return g_dout, g_dlse, *found[:3], *nothing, *found[3:], *(None,) * (N - 4 + 3)
 
-    qkv = "Tensor q, Tensor k, Tensor v"
-    _registry.define(
-        name,
-        f"({qkv}, {where}, {FIELDS}, Tensor? seed, str backend) -> (Tensor out, Tensor lse)",
-        forward,
-        forward_fake,
-    )
-    _registry.define(
-        f"{name}_backward",
-        f"(Tensor dout, Tensor? dlse, {qkv}, Tensor out, Tensor lse, {where}, {FIELDS}, Tensor? seed, bool[] want,"
-        " str backend) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
-        backward,
-        backward_fake,
-    )
-    _registry.autograd(name, setup, grad)
-    _registry.autograd(f"{name}_backward", backward_setup, double)
+    def differentiable(self, q, k, v, where, variant, seed):  # type: ignore[no-untyped-def]
+        """(out, lse) in ops that can be differentiated any number of times."""
+        if self.name == "attention_varlen":
+            parts, keep = _varlen(q, *where, variant, seed)  # type: ignore[call-arg]
+            return torch_sequences.packed(q, k, v, parts, variant, keep, True, torch_sequences.explicit)
+        rows, keep = _decode(q, k, *where, variant, seed)  # type: ignore[call-arg]
+        return torch_sequences.cached(q, k, v, rows, variant, keep, True, torch_sequences.explicit)
 
 
-_register(
-    "attention_varlen", "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k", tensors=2, count=4
-)
-_register("attention_decode", "Tensor cache_lengths", tensors=1, count=1)
+_Op("attention_varlen", "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_q, SymInt max_k", tensors=2, count=4)
+_Op("attention_decode", "Tensor cache_lengths", tensors=1, count=1)
