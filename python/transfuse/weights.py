@@ -78,8 +78,8 @@ def cache_dir() -> Path:
 
     Example:
         >>> import os, pathlib
-        >>> os.environ["TRANSFUSE_CACHE"] = "/tmp/transfuse-example"
-        >>> cache_dir() == pathlib.Path("/tmp/transfuse-example")
+        >>> os.environ["TRANSFUSE_CACHE"] = "example-cache"
+        >>> cache_dir() == pathlib.Path("example-cache")
         True
         >>> del os.environ["TRANSFUSE_CACHE"]
     """
