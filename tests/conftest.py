@@ -76,6 +76,7 @@ def poisoned():  # type: ignore[no-untyped-def]
 @pytest.fixture(autouse=True)
 def no_forced_backend():  # type: ignore[no-untyped-def]
     """No test leaves a process-wide backend behind."""
-    before = _process["default"]
+    before = dict(_process)
     yield
-    _process["default"] = before
+    _process.clear()
+    _process.update(before)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import transfuse
-from transfuse.backends import BackendStatus, _logged, choose, forced
+from transfuse.backends import BackendStatus, _logged, _process, choose, forced
 from transfuse.errors import BackendError
 
 CPU = torch.device("cpu")
@@ -54,6 +54,34 @@ def test_with_block_is_for_its_thread_alone():
     thread.start()
     thread.join()
     assert seen == [None, "reference"]
+
+
+def test_with_blocks_that_open_at_a_time_leave_nothing_behind():
+    """As when two threads do so: both are made before either is entered."""
+    first, second = transfuse.use_backend("reference"), transfuse.use_backend("torch")
+    for block in (first, second):
+        block.__enter__()
+    for block in (second, first):
+        block.__exit__(None, None, None)
+    assert forced() is None
+
+
+def test_many_plain_calls_leave_the_last():
+    for name in ("reference", "torch") * 100:
+        transfuse.use_backend(name)
+    assert forced() == "torch"
+    assert len(_process) <= 64
+    transfuse.use_backend(None)
+    assert forced() is None
+
+
+def test_with_block_may_be_entered_again():
+    block = transfuse.use_backend("reference")
+    with block, block:
+        assert forced() == "reference"
+    with block:
+        assert forced() == "reference"
+    assert forced() is None
 
 
 def test_with_block_restores_after_an_error():

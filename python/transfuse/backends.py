@@ -30,7 +30,10 @@ AUTOMATIC = ("cuda", "triton", "torch")
 _log = logging.getLogger("transfuse")
 _logged: set[tuple[str, str, str]] = set()
 _thread = threading.local()  # not a ContextVar: Dynamo traces and guards thread locals only
-_process: dict[str, str | None] = {"default": os.environ.get("TRANSFUSE_BACKEND") or None}
+# What the process was asked for, and by which call; the last one counts. A with block takes its own entry out again,
+# whatever other threads have asked for in the meantime.
+_process: dict[use_backend | None, str | None] = {None: os.environ.get("TRANSFUSE_BACKEND") or None}
+_KEPT = 64  # entries; older ones are of plain calls that later ones have replaced
 
 
 @dataclass(frozen=True)
@@ -64,23 +67,27 @@ class use_backend:
         if name is not None:
             _known(name)
         self._name = name
-        self._before_process = _process["default"]
-        _process["default"] = name
+        self._before: list[tuple[str | None] | None] = []  # of this thread, one for each block that is open
+        _process[self] = name
+        if len(_process) > _KEPT:
+            del _process[list(_process)[1]]
 
     def __enter__(self) -> use_backend:
-        _process["default"] = self._before_process  # a with block speaks for its own thread alone
-        self._before_thread: tuple[str | None] | None = getattr(_thread, "forced", None)
+        _process.pop(self, None)  # a with block speaks for its own thread alone
+        self._before.append(getattr(_thread, "forced", None))
         _thread.forced = (self._name,)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        _thread.forced = self._before_thread
+        _thread.forced = self._before.pop()
 
 
 def forced() -> str | None:
     """The backend that :func:`use_backend` or ``TRANSFUSE_BACKEND`` asks for, or None."""
     chosen = getattr(_thread, "forced", None)
-    return _process["default"] if chosen is None else chosen[0]
+    if chosen is not None:
+        return chosen[0]
+    return _process[None] if len(_process) == 1 else list(_process.values())[-1]
 
 
 def _known(name: str) -> str:
