@@ -389,6 +389,7 @@ S = torch.randn(2, 4, 6)
         ),
         (lambda: causal_softmax(S, scale=NAN), ArgumentError, "scale must be a finite number, got nan"),
         (lambda: causal_softmax(S, scale=math.inf), ArgumentError, "scale must be a finite number, got inf"),
+        (lambda: causal_softmax(S, scale=None), ArgumentError, "scale must be a finite number, got None"),
         (
             lambda: causal_softmax(S, causal="top"),
             ArgumentError,

@@ -398,6 +398,8 @@ X, W1, B1, W2, B2 = (v for v in inputs((2, 3), 4, 6).values() if v is not None)
             ArgumentError,
             "dropout_p must be at least 0 and below 1",
         ),
+        (lambda: ffn(X, W1, B1, W2, B2, dropout_p="a"), ArgumentError, "dropout_p must be .* got 'a'"),
+        (lambda: ffn(X, W1, B1, None, B2), DtypeError, "w2 must be a tensor, got NoneType"),
         (lambda: ffn(X.half(), W1, B1, W2, B2), DtypeError, "w1 must be float16 .*autocast.*got float32"),
         (lambda: ffn(X, W1, B1, W2.bfloat16(), B2), DtypeError, "w2 must be float32 .*got bfloat16"),
         (lambda: ffn(X, W1, B1, W2, B2.to("meta")), DeviceError, "b2 must be on cpu like x, got meta"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -33,7 +33,9 @@ def dtype(op: str, name: str, x: torch.Tensor, allowed: Sequence[torch.dtype], b
 
 
 def shape(op: str, name: str, x: torch.Tensor, expected: Sequence[int]) -> None:
-    """x must have exactly this shape."""
+    """x must be a tensor of exactly this shape."""
+    if not isinstance(x, torch.Tensor):
+        raise DtypeError(f"{op}: {name} must be a tensor of shape {tuple(expected)}, got {type(x).__name__}")
     if x.shape != tuple(expected):
         raise ArgumentError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(x.shape)}")
 
@@ -51,8 +53,16 @@ def broadcasts(op: str, name: str, x: torch.Tensor, target: Sequence[int]) -> No
 
 def probability(op: str, name: str, p: float) -> None:
     """p must lie in [0, 1)."""
-    if not 0.0 <= p < 1.0:
-        raise ArgumentError(f"{op}: {name} must be at least 0 and below 1, got {p}")
+    if not within(p, lambda value: 0.0 <= value < 1.0):
+        raise ArgumentError(f"{op}: {name} must be at least 0 and below 1, got {p!r}")
+
+
+def within(number: float, test: Callable[[float], bool]) -> bool:
+    """Whether something is a number that passes the test; what cannot be compared is none."""
+    try:
+        return bool(test(number))
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 def _short(d: torch.dtype) -> str:

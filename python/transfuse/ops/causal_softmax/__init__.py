@@ -73,8 +73,9 @@ def _check(
     _validate.floating(op, "scores", scores)
     if scores.dim() < 2:
         raise ArgumentError(f"{op}: scores must have shape (..., q_len, k_len), got {tuple(scores.shape)}")
-    if not -math.inf < scale < math.inf:  # not math.isfinite, which would make a symbolic scale a constant
-        raise ArgumentError(f"{op}: scale must be a finite number, got {scale}")
+    # not math.isfinite, which would make a symbolic scale a constant
+    if not _validate.within(scale, lambda value: -math.inf < value < math.inf):
+        raise ArgumentError(f"{op}: scale must be a finite number, got {scale!r}")
     if causal is not True and causal is not False and causal != "lower_right":
         raise ArgumentError(f"{op}: causal must be True, False or 'lower_right', got {causal!r}")
     if mask is not None:

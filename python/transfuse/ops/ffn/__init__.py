@@ -122,8 +122,8 @@ def _check_ffn(
 ) -> None:
     _check_linear("ffn", x, "w1", w1, "b1", b1)
     d_ff, d = w1.shape
-    parameters = (("w2", w2, (d, d_ff)), ("b2", b2, (d,)), ("w_gate", w_gate, (d_ff, d)))
-    for name, t, shape in parameters:
+    _check_parameter("ffn", "w2", w2, (d, d_ff), x)
+    for name, t, shape in (("b2", b2, (d,)), ("w_gate", w_gate, (d_ff, d))):
         if t is not None:
             _check_parameter("ffn", name, t, shape, x)
     _check_activation("ffn", activation)

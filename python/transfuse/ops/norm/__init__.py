@@ -6,6 +6,7 @@ This package is the pattern of every op: ``reference`` is the specification, ``t
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, overload
 
@@ -142,8 +143,8 @@ def _check(
 ) -> None:
     if x.dim() == 0:
         raise ArgumentError(f"{op}: x must have at least one dimension, got a scalar")
-    if not eps >= 0:
-        raise ArgumentError(f"{op}: eps must be at least 0, got {eps}")
+    if not _validate.within(eps, lambda value: 0.0 <= value < math.inf):
+        raise ArgumentError(f"{op}: eps must be at least 0 and finite, got {eps!r}")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             _validate.shape(op, name, t, x.shape[-1:])
