@@ -12,7 +12,7 @@ from torch import nn
 
 from model_cases import one_thread  # noqa: F401 (a fixture)
 from oracle import judge, to_fp64
-from transfuse.errors import ArgumentError, ConfigError
+from transfuse.errors import ArgumentError, ConfigError, DtypeError
 from transfuse.models import TransformerConfig
 from transfuse.models.blocks import Block, BlockInputs
 from transfuse.nn import (
@@ -164,8 +164,22 @@ def test_attention_sizes_and_errors():
         Attention(24, 5)
     with pytest.raises(ArgumentError, match="cross-attention cannot be causal"):
         Attention(24, 4, cross=True, causal=True)
+    cross = Attention(24, 4, cross=True, context_size=10)
     with pytest.raises(ArgumentError, match="cross-attention needs context"):
-        Attention(24, 4, cross=True)(torch.randn(1, 3, 24))
+        cross(torch.randn(1, 3, 24))
+    with pytest.raises(ArgumentError, match=r"context must have shape \(batch, length, 10\), got \(1, 3, 24\)"):
+        cross(torch.randn(1, 3, 24), context=torch.randn(1, 3, 24))
+    with pytest.raises(ArgumentError, match="context belongs to cross-attention"):
+        layer(torch.randn(1, 3, 24), context=torch.randn(1, 3, 24))
+    for wrong, got in [
+        (torch.randn(3, 24), r"\(3, 24\)"),
+        (torch.randn(1, 3, 20), r"\(1, 3, 20\)"),
+        (None, "NoneType"),
+    ]:
+        with pytest.raises(ArgumentError, match=rf"x must have shape \(batch, length, 24\), got {got}"):
+            layer(wrong)
+    with pytest.raises(DtypeError, match=r"x must be torch\.float32 like the weights, got torch\.float16"):
+        layer(torch.randn(1, 3, 24).half())
 
 
 def block_config(architecture, placement, activation):

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transfuse.errors import ArgumentError
+from transfuse.errors import ArgumentError, DtypeError
 from transfuse.nn.rotary import apply_rotary
-from transfuse.ops import attention, attention_weights
+from transfuse.ops import _autocast, attention, attention_weights
 
 
 class LayerCache(Protocol):
@@ -44,7 +44,8 @@ class Attention(nn.Module):
         dropout: on the attention probabilities, in training mode.
 
     Raises:
-        ArgumentError: sizes do not fit, or the context is missing or unexpected.
+        ArgumentError: sizes do not fit, x or the context has another shape, or the context is missing or unexpected.
+        DtypeError: x or the context has another dtype than the weights, outside autocast.
 
     >>> layer = Attention(32, 4, num_kv_heads=2, causal=True)
     >>> out, weights = layer(torch.randn(2, 5, 32), return_weights=True)
@@ -75,6 +76,7 @@ class Attention(nn.Module):
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_sizes(hidden_size, num_heads, kv_heads, head_dim, causal and cross)
         dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.hidden_size, self.context_size = hidden_size, context_size or hidden_size
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, kv_heads, dim
         self.cross, self.causal, self.window = cross, causal, window
         self.scale, self.softcap, self.dropout = scale, softcap, dropout
@@ -82,7 +84,7 @@ class Attention(nn.Module):
         self.split_sizes = (q_rows, kv_rows, kv_rows)
         if cross:
             self.q = nn.Linear(hidden_size, q_rows, qkv_bias, device=device, dtype=dtype)
-            self.kv = nn.Linear(context_size or hidden_size, 2 * kv_rows, qkv_bias, device=device, dtype=dtype)
+            self.kv = nn.Linear(self.context_size, 2 * kv_rows, qkv_bias, device=device, dtype=dtype)
         else:
             self.qkv = nn.Linear(hidden_size, q_rows + 2 * kv_rows, qkv_bias, device=device, dtype=dtype)
         self.out = nn.Linear(q_rows, hidden_size, out_bias, device=device, dtype=dtype)
@@ -114,6 +116,10 @@ class Attention(nn.Module):
             cache: keys and values of earlier tokens; the new ones are appended.
             return_weights: also give the probabilities (batch, heads, q_len, k_len), without dropout.
         """
+        if context is not None and not self.cross:
+            raise ArgumentError(
+                "Attention: context belongs to cross-attention; leave it out, or make it with cross=True"
+            )
         q, k, v = self._cross_qkv(x, context, cache) if self.cross else self._self_qkv(x, rotary, cache)
         causal: bool | str = False
         window = self.window
@@ -161,6 +167,7 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q (batch, heads, q_len, head_dim); k, v (batch, kv_heads, k_len, head_dim), cached ones included."""
         h, g = self.num_heads, self.num_kv_heads
+        _check_input("x", x, self.hidden_size, self.qkv)
         # heads of q, k and v side by side: (batch, length, h + 2 g, head_dim)
         qkv = self.qkv(x).unflatten(-1, (h + 2 * g, self.head_dim))
         if rotary is None:
@@ -176,17 +183,32 @@ class Attention(nn.Module):
     def _cross_qkv(
         self, x: torch.Tensor, context: torch.Tensor | None, cache: LayerCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _check_input("x", x, self.hidden_size, self.q)
         q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         if cache is not None and cache.cross is not None:
             return q, *cache.cross
         if context is None:
             raise ArgumentError("Attention: cross-attention needs context (batch, k_len, context_size), got None")
+        _check_input("context", context, self.context_size, self.kv)
         kv = self.kv(context).unflatten(-1, (2 * self.num_kv_heads, self.head_dim)).transpose(1, 2)
         k, v = kv.chunk(2, dim=1)
         if cache is not None:
             k, v = k.contiguous(), v.contiguous()  # read at every step: rows of a head side by side
             cache.cross = (k, v)
         return q, k, v
+
+
+def _check_input(name: str, x: torch.Tensor, size: int, linear: nn.Module) -> None:
+    """x (batch, length, size), of the dtype that ``linear`` multiplies it in."""
+    if not isinstance(x, torch.Tensor) or x.dim() != 3 or x.shape[2] != size:
+        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ArgumentError(f"Attention: {name} must have shape (batch, length, {size}), got {got}")
+    # A layer that was put in its place (LoRA, quantised) may take what it likes.
+    if type(linear) is nn.Linear and x.dtype != linear.weight.dtype and not _autocast.active(x):
+        raise DtypeError(
+            f"Attention: {name} must be {linear.weight.dtype} like the weights, got {x.dtype}; cast one of them or use "
+            "torch.autocast"
+        )
 
 
 def _last_keys(x: torch.Tensor | None, keep: int) -> torch.Tensor | None:
