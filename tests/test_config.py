@@ -157,6 +157,12 @@ def test_impossible_json(text, message):
         TransformerConfig.from_json(text)
 
 
+@pytest.mark.parametrize("values", [None, [1], "minilm"], ids=str)
+def test_no_mapping(values):
+    with pytest.raises(ConfigError, match=f"config: expected a mapping of field to value, got {type(values).__name__}"):
+        TransformerConfig.from_dict(values)
+
+
 def test_large_but_possible():
     """Nothing is allocated for a configuration, however large, nor for its model on the meta device."""
     config = TransformerConfig("decoder", 128256, 16384, 126, 128, num_kv_heads=8, intermediate_size=53248, gated=True,

@@ -164,8 +164,24 @@ def test_masked_rows_and_nan_are_drawn():
         (lambda: viz.rotary_plot(torch.ones(4), length=0), r"length must be at least 1, got 0"),
         (lambda: viz.sinusoidal_plot(torch.ones(4)), r"must have 2 dimensions"),
         (lambda: viz.bias_plot(torch.ones(4, 4)), r"must have 3 dimensions"),
+        (lambda: viz.attention_heatmap("map"), "weights must hold numbers, got str"),
+        (lambda: viz.attention_heatmap(torch.eye(3, device="meta")), "must hold real numbers, got .* on meta"),
+        (lambda: viz.attention_heatmap(torch.eye(2), [1, 2]), "tokens must be texts, got 1"),
     ],
-    ids=["heatmap-3d", "heatmap-empty", "tokens", "key-tokens", "grid-2d", "columns", "rotary", "sinusoid", "bias"],
+    ids=[
+        "heatmap-3d",
+        "heatmap-empty",
+        "tokens",
+        "key-tokens",
+        "grid-2d",
+        "columns",
+        "rotary",
+        "sinusoid",
+        "bias",
+        "text",
+        "meta",
+        "ids",
+    ],
 )
 def test_wrong_input_says_what_was_expected(call, message):
     with pytest.raises(ArgumentError, match=message):

@@ -257,6 +257,8 @@ def readable_token(token: str) -> str:
     >>> readable_token("\\u0120the"), readable_token("\\n"), readable_token("")
     ('␣the', '↵', '∅')
     """
+    if not isinstance(token, str):
+        raise ArgumentError(f"tokens must be texts, got {token!r}; tokenizer.decode([id]) gives an id's")
     shown = "".join(_VISIBLE.get(c, c) for c in token) or "\u2205"
     shown = "".join(c if c.isprintable() and _has_glyph(c) else f"\\u{ord(c):04x}" for c in shown)
     return shown if len(shown) <= _MAX_LABEL else shown[: _MAX_LABEL - 1] + "…"
@@ -281,8 +283,13 @@ def _require_matplotlib() -> None:
 
 def _matrix(values: Array, name: str, *dimensions: int) -> np.ndarray:
     """Values as a float64 array with one of the wanted numbers of dimensions, none of them empty."""
-    array = values.detach().to("cpu", torch.float64).numpy() if isinstance(values, torch.Tensor) else values
-    array = np.asarray(array, dtype=np.float64)
+    if isinstance(values, torch.Tensor) and (values.is_meta or values.is_complex()):
+        raise ArgumentError(f"{name} must hold real numbers, got a {values.dtype} tensor on {values.device}")
+    given = values.detach().to("cpu", torch.float64).numpy() if isinstance(values, torch.Tensor) else values
+    try:
+        array = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} must hold numbers, got {type(values).__name__} ({error})") from error
     if array.ndim not in dimensions or 0 in array.shape:
         expected = " or ".join(str(d) for d in dimensions)
         raise ArgumentError(f"{name} must have {expected} dimensions, none of them empty, got shape {array.shape}")

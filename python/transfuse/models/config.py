@@ -229,7 +229,7 @@ class TransformerConfig:
         """The configuration in a JSON object, as ``to_json`` writes it."""
         try:
             values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"config: not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"config: expected a JSON object, got {type(values).__name__}")
@@ -338,6 +338,8 @@ class TransformerConfig:
 
 def _from_mapping(cls: type[Any], values: Mapping[str, Any], what: str) -> Any:
     """Builds a dataclass from a mapping; names that it lacks or misses become one clear error."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{what}: expected a mapping of field to value, got {type(values).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
