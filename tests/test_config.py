@@ -70,6 +70,7 @@ WRONG = {
     "float": ({"hidden_size": 768.0}, "hidden_size must be a whole number, got 768.0"),
     "none": ({"hidden_size": None}, "hidden_size must be a whole number, got None"),
     "number-for-bool": ({"gated": 1}, "gated must be true or false, got 1"),
+    "huge": ({"rope_theta": 10**400}, "rope_theta must be finite, got 1000"),
     "nan": ({"norm_eps": float("nan")}, "norm_eps must be finite, got nan"),
     "heads": ({"num_heads": 5}, "hidden_size must be a multiple of num_heads, got 32 and 5; give head_dim"),
     "kv-heads": ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 4 and 3"),
@@ -128,6 +129,7 @@ def test_impossible_values(case):
     [
         ({"kind": "yarn", "factor": 2.0}, "kind must be 'linear' or 'llama3', got 'yarn'"),
         ({"kind": "linear", "factor": 0.0}, "factor must be a positive number, got 0.0"),
+        ({"kind": "linear", "factor": 10**400}, "factor must be a positive number, got 1000"),
         ({"kind": "linear", "factor": True}, "factor must be a positive number, got True"),
         ({"kind": "linear", "factor": "2"}, "factor must be a positive number, got '2'"),
         (

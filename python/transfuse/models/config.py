@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +54,7 @@ _DECODER_TWINS = {
     "decoder_vocab_size": "vocab_size",
 }
 MAX_PARAMETERS = 2 * 10**12
+_MOST = 1e300  # a whole number beyond would not become a float
 
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     "int": ("a whole number", (int,)),
@@ -246,8 +246,8 @@ class TransformerConfig:
             words, types = kind
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise ConfigError(f"config: {f.name} must be {words}, got {value!r}")
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ConfigError(f"config: {f.name} must be finite, got {value!r}")
+            if float in types and value is not None and not abs(value) < _MOST:
+                raise ConfigError(f"config: {f.name} must be finite, got {repr(value)[:40]}")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ConfigError(f"config: rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r}")
         if not isinstance(self.layer_pattern, tuple) or any(p not in ("global", "local") for p in self.layer_pattern):

@@ -38,8 +38,8 @@ class RopeScaling:
             raise ConfigError(f"rope_scaling: kind must be 'linear' or 'llama3', got {self.kind!r}")
         for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ConfigError(f"rope_scaling: {name} must be a positive number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
+                raise ConfigError(f"rope_scaling: {name} must be a positive number, got {repr(value)[:40]}")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ConfigError(
                 f"rope_scaling: high_freq_factor must be above low_freq_factor ({self.low_freq_factor}), "
