@@ -246,7 +246,7 @@ class TransformerConfig:
             words, types = kind
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise ConfigError(f"config: {f.name} must be {words}, got {value!r}")
-            if float in types and value is not None and not abs(value) < _MOST:
+            if float in types and isinstance(value, int | float) and not abs(value) < _MOST:
                 raise ConfigError(f"config: {f.name} must be finite, got {repr(value)[:40]}")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
             raise ConfigError(f"config: rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r}")
