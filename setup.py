@@ -191,8 +191,8 @@ def first_complaint(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("$ ")]
     for i, line in enumerate(lines):
         if re.search(r"\berror\b|\bfatal\b|not found", line, re.IGNORECASE):
-            return " ".join(lines[i : i + 6])[:300]
-    return " ".join(lines[-3:])[:300]
+            return " ".join(lines[i : i + 6])[:600]
+    return " ".join(lines[-3:])[:600]
 
 
 def failure_record(error: BuildError, nvcc: Path) -> dict[str, Any]:
