@@ -187,7 +187,7 @@ def write_record(package: Path, record: dict[str, Any]) -> None:
 
 
 def first_complaint(log: str) -> str:
-    """The first error in a log and the lines after it, as one line of some 300 characters."""
+    """The first error in a log and the lines after it, as one line of some 600 characters."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("$ ")]
     for i, line in enumerate(lines):
         if re.search(r"\berror\b|\bfatal\b|not found", line, re.IGNORECASE):

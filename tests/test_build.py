@@ -165,7 +165,7 @@ def test_a_failing_build_degrades_and_keeps_its_log(source: Path, without_nvcc: 
     wheel = wheel_of(source, broken)
     record = record_in(wheel)
     assert record["cuda"] == "failed"
-    assert "is not able to compile a simple" in record["reason"]
+    assert "is not able to compile a simple test program" in record["reason"]
     assert "nvcc fatal: this compiler is broken" in Path(record["log"]).read_text()
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
