@@ -1,15 +1,19 @@
-"""Every example in a docstring runs."""
+"""Every example in a docstring runs, and the code that README.md and the pages on models and building show."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
 
 import pytest
 
 import transfuse
+from transfuse import weights
 
+ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(transfuse.__path__, "transfuse.")
@@ -30,3 +34,20 @@ def test_the_public_names_have_examples():
     public = [o for o in public if not (isinstance(o, type) and issubclass(o, Exception))]
     without = [o.__name__ for o in public if not any(t.examples for t in finder.find(o, o.__name__))]
     assert not without, f"no example in the docstring of {without}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md", "docs/building.md"])
+def test_the_code_of_a_page_runs(page):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    names: dict[str, object] = {}
+    for block in blocks:
+        if "smollm2" not in block or weights.is_cached("smollm2"):  # a test fetches nothing
+            exec(compile(block, page, "exec"), names)
+
+
+def test_links_between_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -154,6 +154,10 @@ def sinusoidal_plot(table: Array, *, title: str = "Sinusoidal positions") -> Fig
         table: (positions, dim), such as the weight of ``transfuse.nn``'s sinusoidal positions.
         title: text above the picture.
 
+    Raises:
+        ArgumentError: table is not a matrix, or empty.
+        MissingDependencyError: matplotlib is not installed.
+
     >>> len(sinusoidal_plot(torch.randn(16, 8)).axes)  # map, curves, colour bar
     3
     """
@@ -182,6 +186,10 @@ def rotary_plot(inverse_frequencies: Array, length: int = 256, *, title: str = "
         length: positions shown.
         title: text above the picture.
 
+    Raises:
+        ArgumentError: inverse_frequencies is not a vector, or empty, or length is below 1.
+        MissingDependencyError: matplotlib is not installed.
+
     >>> len(rotary_plot(10000.0 ** -torch.arange(0, 1, 1 / 32)).axes)  # map, curve, colour bar
     3
     """
@@ -207,6 +215,10 @@ def bias_plot(bias: Array, *, title: str = "Relative position bias") -> Figure:
         bias: (heads, q_len, k_len), added to the scores; it should depend on key - query alone, as T5's does. Where
             a distance occurs several times, the mean is drawn.
         title: text above the picture.
+
+    Raises:
+        ArgumentError: bias has another number of dimensions, or is empty.
+        MissingDependencyError: matplotlib is not installed.
 
     >>> figure = bias_plot(torch.arange(3.0)[None, None] - torch.zeros(2, 3, 1))
     >>> len(figure.axes[0].lines)  # one a head, and the upright line at distance 0
@@ -253,6 +265,9 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
 
 def readable_token(token: str) -> str:
     """A token as a label: white space visible, control characters escaped, long ones shortened.
+
+    Raises:
+        ArgumentError: it is no text.
 
     >>> readable_token("\\u0120the"), readable_token("\\n"), readable_token("")
     ('␣the', '↵', '∅')

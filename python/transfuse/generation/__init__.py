@@ -77,7 +77,8 @@ def generate(
 
     Raises:
         ArgumentError: a knob is out of range, the prompt is empty, too long for the context or padded on the right, or
-            an id is outside the vocabulary. DtypeError, DeviceError: as their names say.
+            an id is outside the vocabulary; or, while it runs, the model's scores are NaN or infinite. DtypeError,
+            DeviceError: as their names say.
 
     >>> import torch, transfuse
     >>> config = transfuse.TransformerConfig("decoder", vocab_size=50, hidden_size=16, num_layers=1, num_heads=2)

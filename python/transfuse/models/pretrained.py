@@ -81,8 +81,8 @@ def from_pretrained(
         An Encoder, a Decoder or an encoder with the head of the task.
 
     Raises:
-        CheckpointError: files are missing, damaged or unsafe, or their tensors do not fit the model: one message lists
-            all that are missing, unexpected or of another shape.
+        CheckpointError: files are missing, damaged or unsafe, or their tensors do not fit the model: one message
+            counts and names those that are missing, unexpected or of another shape.
         ConfigError: config.json is damaged, impossible, or of an unknown family.
         ArgumentError: the family has no such task. DeviceError, DtypeError: there is no such device or dtype.
 
@@ -126,6 +126,13 @@ def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> 
 
     Raises:
         CheckpointError: the folder cannot be written. ArgumentError: the model is of another kind, or without values.
+
+    >>> import tempfile, transfuse
+    >>> config = transfuse.TransformerConfig("encoder", vocab_size=11, hidden_size=8, num_layers=1, num_heads=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_pretrained(transfuse.Encoder(config), folder)
+    ...     sorted(os.listdir(folder))
+    ['config.json', 'model.safetensors']
     """
     task = _task_of(model)
     if model.device.type == "meta":
@@ -264,7 +271,7 @@ def _plan(match: _Match, model: TransformerModel) -> dict[str, Rows]:
     """Name as stored -> where it goes, once every tensor's name, shape and dtype was found to fit.
 
     Raises:
-        CheckpointError: some do not; the message lists them all.
+        CheckpointError: some do not; the message counts and names them.
     """
     source, parameters = match.source, dict(model.named_parameters())
     misfits = []

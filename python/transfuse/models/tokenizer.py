@@ -38,6 +38,9 @@ class TokenizerSettings:
         chat_template: the jinja template that turns a conversation into a prompt.
         max_length: the longest input the model was made for; nothing is cut unless a call asks for it.
         token_types: whether the model tells the two texts of a pair apart by type ids.
+
+    >>> TokenizerSettings({"pad": "[PAD]"}, padding_side="left").special["pad"]
+    '[PAD]'
     """
 
     special: dict[str, str] = field(default_factory=dict)

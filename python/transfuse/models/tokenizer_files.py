@@ -33,6 +33,10 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None =
     ``tokenizer.json`` is read where there is one, else ``vocab.txt`` (WordPiece) or ``vocab.json`` with ``merges.txt``
     (byte-level BPE), else what a ``.gguf`` file holds.
 
+    Args:
+        path_or_id: a folder, a ``.gguf`` file, a short name or a hub id.
+        revision: branch, tag or commit, for hub ids.
+
     Raises:
         CheckpointError: there is no tokenizer, or it is damaged or of an unknown kind.
 

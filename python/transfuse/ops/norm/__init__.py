@@ -110,7 +110,7 @@ def rms_norm(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension (Zhang, Sennrich 2019).
 
-    Args, returns and errors as :func:`layer_norm`, without a bias.
+    Args (x, weight, eps, residual, backend), returns and raises as :func:`layer_norm`, without a bias.
 
     >>> import torch
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), None, eps=0.0).square().mean().item()
