@@ -166,6 +166,14 @@ def test_wrong_arguments(bert_folder: Path, call: object, expected: str) -> None
         call(load_tokenizer(bert_folder))  # type: ignore[operator]
 
 
+def test_a_vocabulary_without_its_own_unknown_token(tmp_path: Path) -> None:
+    backend = Backend(models.BPE({"a": 0, "<unk>": 1}, [], unk_token="<unk>"))
+    (tmp_path / "tokenizer.json").write_text(backend.to_str().replace('"<unk>":1', '"other":1'))
+    for call in (load_tokenizer(tmp_path).encode, load_tokenizer(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"tokenizer: cannot encode: .*<unk>"):
+            call("b")
+
+
 def test_no_such_device(bert_folder: Path) -> None:
     with pytest.raises(DeviceError, match="got 'nonsense'"):
         load_tokenizer(bert_folder)("a", device="nonsense")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -22,8 +23,7 @@ from transfuse.models.placement import usable_device
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
-# Truncation is a state of the library's tokenizer: a thread that wants it must not cut another's texts.
-_encoding = threading.Lock()
+_encoding_lock = threading.Lock()
 
 SPECIAL_TOKENS = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
 
@@ -116,7 +116,7 @@ class Tokenizer:
         """The token ids of one text (or of a pair, as the model joins pairs)."""
         for given in (text,) if pair is None else (text, pair):
             _check_text("tokenizer: text", given)
-        with _encoding:
+        with _encoding():
             return list(self.backend.encode(text, pair, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
@@ -197,13 +197,13 @@ class Tokenizer:
 
     def _encode_batch(self, inputs: list[Any], max_length: int | None, add_special_tokens: bool) -> list[Any]:
         if max_length is None:
-            with _encoding:
+            with _encoding():
                 return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
         pair = bool(inputs) and isinstance(inputs[0], tuple)
         least = 1 + (self.backend.num_special_tokens_to_add(pair) if add_special_tokens else 0)
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < least:
             raise ArgumentError(f"tokenizer: max_length must be a whole number of at least {least}, got {max_length!r}")
-        with _encoding:
+        with _encoding():
             self.backend.enable_truncation(max_length)
             try:
                 return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
@@ -247,6 +247,18 @@ class Tokenizer:
             (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot write the tokenizer: {error.strerror or error}") from error
+
+
+@contextmanager
+def _encoding() -> Iterator[None]:
+    """Around the library's encoding. Truncation is a state of its tokenizer: no thread may cut the texts of another."""
+    try:
+        with _encoding_lock:
+            yield
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises that one for a vocabulary that contradicts itself
+            raise
+        raise CheckpointError(f"tokenizer: cannot encode: {error}") from error
 
 
 def as_texts(name: str, texts: str | Sequence[str]) -> list[str]:
