@@ -440,3 +440,16 @@ def test_autocast_computes_in_its_dtype():
     assert q.grad.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert attention(q.double(), k.double(), v.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("causal", [False, True, "lower_right"])
+@pytest.mark.parametrize("length", [4, 300])
+def test_a_scale_that_is_not_positive_hides_no_less(scale, causal, length):
+    q, k, v = (torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3))
+    results = []
+    for name in ("torch", "reference"):
+        out = attention(q, k, v, causal=causal, scale=scale, backend=name)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

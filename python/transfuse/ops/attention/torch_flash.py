@@ -39,7 +39,8 @@ def shares_keys() -> bool:
 
 def says(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> bool:
     """Whether ATen's flash attention can compute this call."""
-    if q.device.type != "cpu" or variant.softcap > 0 or variant.dropout_p > 0:
+    # a negative or zero scale turns the -inf that ATen hides keys with into +inf or NaN
+    if q.device.type != "cpu" or variant.softcap > 0 or variant.dropout_p > 0 or variant.scale <= 0:
         return False
     if k.shape[1] != q.shape[1] and not shares_keys():
         return False

@@ -154,7 +154,7 @@ def _folded_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Var
 def _sdpa_says(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> bool:
     """Whether F.scaled_dot_product_attention computes this call, exactly."""
     empty = 0 in q.shape or 0 in k.shape or 0 in v.shape
-    if variant.deterministic and q.device.type != "cpu":
+    if variant.scale <= 0 or (variant.deterministic and q.device.type != "cpu"):
         return False
     return not empty and variant.softcap == 0 and variant.sinks is None and variant.alibi_slopes is None
 
