@@ -1,0 +1,119 @@
+"""What every Triton kernel here shares: how it is launched or only compiled, and the device functions all of them need.
+
+Kernels are launched through :func:`launch` alone. Under TRITON_INTERPRET=1 (set before Triton is imported) they run on
+CPU tensors, statement by statement; inside :func:`compiling` nothing runs and the compiled kernels are collected.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from transfuse.errors import ArgumentError
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether kernels run in Triton's interpreter."""
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+_MOST_PROGRAMS = 2**31 - 1
+_state = threading.local()
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    *args: Any,
+    device: torch.device,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
+    """Run ``programs`` programs of a kernel on a device's current stream; none at all where there is nothing to do.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        programs: size of the grid's only dimension (the others end at 65535).
+        args: tensors, numbers, None, and named tuples of them.
+        device: where the tensors are; made current around the launch.
+        constants: the kernel's constexpr parameters.
+    """
+    if programs == 0:
+        return
+    if programs > _MOST_PROGRAMS:
+        raise ArgumentError(
+            f"{kernel.fn.__name__}: a launch takes up to {_MOST_PROGRAMS} programs, got {programs} (split the batch)"
+        )
+    grid = (programs,)
+    if INTERPRETED:
+        kernel[grid](*args, **constants)
+        return
+    collected = getattr(_state, "collected", None)
+    if collected is not None:
+        collected.append(
+            kernel.warmup(*args, grid=grid, num_warps=num_warps, num_stages=num_stages, **constants)
+        )
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+@contextmanager
+def compiling() -> Iterator[list[Any]]:
+    """Compile what is launched inside instead of running it; gives the list that the compiled kernels go to."""
+    before = getattr(_state, "collected", None)
+    _state.collected = []
+    try:
+        yield _state.collected
+    finally:
+        _state.collected = before
+
+
+def precision(dtype: torch.dtype) -> str:
+    """``input_precision`` of a tl.dot over operands of this dtype, by torch's own setting for fp32 matmuls.
+
+    "tf32" or "ieee" where ``torch.backends.cuda.matmul.fp32_precision`` (or allow_tf32) asks for it; else three tf32
+    products ("tf32x3"), whose error is of fp32's class, on tensor cores.
+    """
+    if dtype != torch.float32:
+        return "ieee"  # has no meaning there
+    asked = torch.backends.cuda.matmul.fp32_precision
+    return asked if asked in ("ieee", "tf32") else "tf32x3"
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """acc + a @ b in fp32; a: [M, K], b: [K, N], acc: [M, N] fp32."""
+    if _INTERPRETED:
+        # The interpreter multiplies the bits of bf16; products of fp16 and bf16 are exact in fp32.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def kept(seed, row, first_column, threshold, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which probabilities dropout keeps, as in ``_philox.keep_mask``: bool [ROWS, COLUMNS].
+
+    seed: pointer to int64 (2,); row: int64 [ROWS], (b * heads + h) * q_len + i; first_column: a multiple of 4;
+    threshold: p * 2^32 rounded.
+    """
+    key = tl.load(seed)
+    group = (first_column // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
+    zero = tl.zeros([row.shape[0], COLUMNS // 4], tl.uint32)
+    word0, word1, word2, word3 = tl.philox_impl(
+        zero + group,
+        zero + row.to(tl.uint32)[:, None],
+        zero + (row >> 32).to(tl.uint32)[:, None],
+        zero + tl.load(seed + 1).to(tl.uint32),
+        key.to(tl.uint32),
+        (key >> 32).to(tl.uint32),
+    )
+    # [ROWS, G] x 4 -> [ROWS, G, 2, 2] -> [ROWS, 4 G], word j mod 4 at column j
+    words = tl.join(tl.join(word0, word2), tl.join(word1, word3)).reshape([row.shape[0], COLUMNS])
+    return words.to(tl.int64) >= threshold
