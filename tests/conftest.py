@@ -8,8 +8,12 @@ import os
 import pytest
 import torch
 
-from transfuse import _extension
-from transfuse.backends import _process, why_not
+# Triton reads this when it is first imported: on a machine without a GPU its kernels are interpreted on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from transfuse import _extension  # noqa: E402
+from transfuse.backends import _process, why_not  # noqa: E402
 
 # One thread a process where several share the cores: more would wait for one another.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
