@@ -12,8 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transfuse import _extension  # noqa: E402
-from transfuse.backends import _process, why_not  # noqa: E402
+from transfuse import _extension
+from transfuse.backends import _process, why_not
 
 # One thread a process where several share the cores: more would wait for one another.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
