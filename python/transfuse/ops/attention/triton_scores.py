@@ -43,6 +43,17 @@ class Rule(NamedTuple):
     """p_0, None for k_len - q_len."""
 
 
+class Lengths(NamedTuple):
+    """Where each batch row's queries and keys stand: all None where every row is whole."""
+
+    q_starts: torch.Tensor | None = None
+    """int32 (batch + 1): packed queries, cu_seqlens."""
+    k_starts: torch.Tensor | None = None
+    """int32 (batch + 1): packed keys."""
+    k_lengths: torch.Tensor | None = None
+    """int32 or int64 (batch,): how many keys of each row's cache are filled."""
+
+
 def strided(t: torch.Tensor | None) -> Strided:
     """(batch, heads, rows, columns), a stride of 0 where the size is 1."""
     if t is None:
@@ -74,6 +85,30 @@ def tile(t, b, h, i, j):  # type: ignore[no-untyped-def]
 def of_head(t, b, h):  # type: ignore[no-untyped-def]
     """t[b, h] of a per_head tensor, fp32."""
     return tl.load(t.pointer + tl.cast(b, tl.int64) * t.batch + tl.cast(h, tl.int64) * t.head).to(tl.float32)
+
+
+@triton.jit
+def q_span(lengths, b, q_len):  # type: ignore[no-untyped-def]
+    """(first row, number) of batch row b's queries; int32."""
+    begin = q_len * 0
+    length = q_len
+    if lengths.q_starts is not None:
+        begin = tl.load(lengths.q_starts + b)
+        length = tl.load(lengths.q_starts + b + 1) - begin
+    return begin, length
+
+
+@triton.jit
+def k_span(lengths, b, k_len):  # type: ignore[no-untyped-def]
+    """(first row, number) of batch row b's keys; int32."""
+    begin = k_len * 0
+    length = k_len
+    if lengths.k_starts is not None:
+        begin = tl.load(lengths.k_starts + b)
+        length = tl.load(lengths.k_starts + b + 1) - begin
+    if lengths.k_lengths is not None:
+        length = tl.load(lengths.k_lengths + b).to(tl.int32)
+    return begin, length
 
 
 @triton.jit
