@@ -15,6 +15,11 @@ if not torch.cuda.is_available():
 from transfuse import _extension
 from transfuse.backends import _process, why_not
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    import triton_interpreter
+
+    triton_interpreter.install()
+
 # One thread a process where several share the cores: more would wait for one another.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
