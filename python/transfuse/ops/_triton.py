@@ -95,6 +95,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x, fp32, rounded to the nearest value of another dtype, ties to even."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        # The interpreter's own cast cuts the low bits off. A NaN keeps its high bits, one of which must be set.
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:  # noqa: RET505 - a branch that is compiled, or is not, takes both
+        return x.to(DTYPE)
+
+
+@triton.jit
 def kept(seed, row, first_column, threshold, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Which probabilities dropout keeps, as in ``_philox.keep_mask``: bool [ROWS, COLUMNS].
 
@@ -126,3 +138,13 @@ def tanh(x):  # type: ignore[no-untyped-def]
     e = tl.exp2(tl.abs(x) * -2.8853900817779268)
     far = (1.0 - e) / (1.0 + e)
     return tl.where(square < 0.4, over / under, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 x in another dtype, to nearest even: what is stored goes through here, since the interpreter cuts bf16 off."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, bits, 0x7FFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
