@@ -97,13 +97,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """x, fp32, rounded to the nearest value of another dtype, ties to even."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and tl.bfloat16 == DTYPE:
         # The interpreter's own cast cuts the low bits off. A NaN keeps its high bits, one of which must be set.
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:  # noqa: RET505 - a branch that is compiled, or is not, takes both
-        return x.to(DTYPE)
+        x = (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit
