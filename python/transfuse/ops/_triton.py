@@ -137,13 +137,3 @@ def tanh(x):  # type: ignore[no-untyped-def]
     e = tl.exp2(tl.abs(x) * -2.8853900817779268)
     far = (1.0 - e) / (1.0 + e)
     return tl.where(square < 0.4, over / under, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """fp32 x in another dtype, to nearest even: what is stored goes through here, since the interpreter cuts bf16 off."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x == x, bits, 0x7FFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(DTYPE)
