@@ -13,10 +13,11 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,6 +89,29 @@ def forced() -> str | None:
     if chosen is not None:
         return chosen[0]
     return _process[None] if len(_process) == 1 else list(_process.values())[-1]
+
+
+class Target(NamedTuple):
+    """What kernels are compiled for instead of being run."""
+
+    capability: tuple[int, int]
+    gpu: int | None = None  # its index where it is one of this machine
+
+
+@contextmanager
+def compiled_for(target: Target) -> Iterator[None]:
+    """Inside, kernels that this thread launches on meta tensors are compiled for the target and do not run."""
+    before = ahead()
+    _thread.ahead = target
+    try:
+        yield
+    finally:
+        _thread.ahead = before
+
+
+def ahead() -> Target | None:
+    """What this thread compiles kernels for instead of running them; None where it runs them."""
+    return getattr(_thread, "ahead", None)
 
 
 def _known(name: str) -> str:

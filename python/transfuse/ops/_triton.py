@@ -6,6 +6,7 @@ CPU tensors, statement by statement; inside :func:`compiling` nothing runs and t
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from transfuse.backends import Target, ahead, compiled_for
 from transfuse.errors import ArgumentError
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -55,21 +57,68 @@ def launch(
         return
     collected = getattr(_state, "collected", None)
     if collected is not None:
-        collected.append(kernel.warmup(*args, grid=grid, num_warps=num_warps, num_stages=num_stages, **constants))
+        described = [_described(arg) for arg in args]
+        collected.append(kernel.warmup(*described, grid=grid, num_warps=num_warps, num_stages=num_stages, **constants))
         return
     with torch.cuda.device(device):
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
 @contextmanager
-def compiling() -> Iterator[list[Any]]:
-    """Compile what is launched inside instead of running it; gives the list that the compiled kernels go to."""
+def compiling(target: Target = Target((9, 0))) -> Iterator[list[Any]]:  # noqa: B008 - immutable
+    """Compile what is launched inside on meta tensors instead of running it; gives the list the kernels go to.
+
+    Triton's active driver says what they are compiled for; ``target`` must be the same.
+    """
     before = getattr(_state, "collected", None)
     _state.collected = []
     try:
-        yield _state.collected
+        with compiled_for(target):
+            yield _state.collected
     finally:
         _state.collected = before
+
+
+class _Described:
+    """Of a tensor what Triton specialises a kernel for: its dtype, and whether its address is a multiple of 16."""
+
+    def __init__(self, t: torch.Tensor) -> None:
+        self.dtype = t.dtype
+        # A meta tensor has no address; its storage would have been aligned.
+        self._address = t.storage_offset() * t.element_size()
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _described(arg: Any) -> Any:
+    if isinstance(arg, torch.Tensor):
+        return _Described(arg)
+    if isinstance(arg, tuple):
+        described = [_described(value) for value in arg]
+        return type(arg)(*described) if hasattr(arg, "_fields") else tuple(described)
+    return arg
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that tiles on this device are chosen for; (9, 0) where kernels are interpreted."""
+    if device.type == "cuda":
+        return _facts(device.index)[0]
+    target = ahead()
+    return (9, 0) if target is None else target.capability
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many streaming multiprocessors the device has; an H100's 132 where there is no GPU."""
+    target = ahead()
+    index = device.index if target is None else target.gpu
+    return 132 if index is None else _facts(index)[1]
+
+
+@functools.cache
+def _facts(index: int | None) -> tuple[tuple[int, int], int]:
+    properties = torch.cuda.get_device_properties(index)
+    return (properties.major, properties.minor), properties.multi_processor_count
 
 
 def precision(dtype: torch.dtype) -> str:
