@@ -6,7 +6,9 @@ A kernel backend drops in as ``triton_impl`` or ``cuda_impl`` with torch_impl's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -24,14 +26,27 @@ N = len(Variant._fields)
 
 def implementation(backend: str) -> ModuleType:
     """The module that runs a kernel backend; imported on demand so that others never pay for it."""
+    if backend == "triton":
+        from transfuse.ops.attention import triton_impl
+
+        return triton_impl
     return torch_impl
+
+
+def _function(backend: str, name: str) -> Callable[..., Any]:
+    # A kernel backend may lack some of them.
+    found: Callable[..., Any] = getattr(implementation(backend), name, getattr(torch_impl, name))
+    return found
 
 
 def why_not(backend: str, op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> str | None:
     """Why a backend cannot take this call, with the remedy, or None."""
     if backend in ("torch", "reference"):
         return None
-    return f"there is no {backend} kernel for {op} (use backend='torch')"
+    if backend == "cuda":
+        return f"there is no {backend} kernel for {op} (use backend='torch')"
+    reason: str | None = implementation(backend).why_not(op, q, k, v, variant)
+    return reason
 
 
 def split_variant(variant: Variant) -> tuple[tuple[torch.Tensor | None, ...], Variant]:
@@ -60,7 +75,7 @@ def wants(variant_tensors: tuple[torch.Tensor | None, ...], needed: tuple[bool, 
 
 def _forward(q, k, v, *rest):  # type: ignore[no-untyped-def]
     seed, backend = rest[N:]
-    out, lse = implementation(backend).attention_forward(q, k, v, Variant(*rest[:N]), seed)
+    out, lse = _function(backend, "attention_forward")(q, k, v, Variant(*rest[:N]), seed)
     return out.contiguous(), lse.contiguous()
 
 
@@ -91,9 +106,9 @@ def _grad(ctx, dout, dlse):  # type: ignore[no-untyped-def]
 
 def _backward(dout, dlse, q, k, v, out, lse, *rest):  # type: ignore[no-untyped-def]
     seed, want, backend = rest[N:]
-    # An implementation may have a forward kernel before it has a backward one.
-    backward = getattr(implementation(backend), "attention_backward", torch_impl.attention_backward)
-    grads = backward(dout, dlse, q, k, v, out, lse, Variant(*rest[:N]), seed, tuple(want))
+    grads = _function(backend, "attention_backward")(
+        dout, dlse, q, k, v, out, lse, Variant(*rest[:N]), seed, tuple(want)
+    )
     return tuple(or_empty(g, q) for g in grads)
 
 
@@ -135,7 +150,7 @@ def _double(ctx, *grad_grads):  # type: ignore[no-untyped-def]
 
 
 def _weights(q, k, lse, *rest):  # type: ignore[no-untyped-def]
-    return implementation(rest[N]).attention_weights_forward(q, k, lse, Variant(*rest[:N])).contiguous()
+    return _function(rest[N], "attention_weights_forward")(q, k, lse, Variant(*rest[:N])).contiguous()
 
 
 def _weights_fake(q, k, lse, *rest):  # type: ignore[no-untyped-def]
