@@ -168,7 +168,13 @@ def why_not(name: str, device: torch.device) -> str | None:
     >>> why_not("torch", torch.device("cpu")) is None
     True
     """
-    found = _cannot_run_on(_known(name), device.type, device.index)
+    target = ahead() if device.type == "meta" else None
+    if target is None:
+        found = _cannot_run_on(_known(name), device.type, device.index)
+    elif _known(name) == "cuda" and target.gpu is None:
+        found = ("only Triton kernels can be compiled without the GPU", "leave the backend out, or name 'triton'")
+    else:
+        found = _cannot_run_on(name, "cuda", target.gpu)
     return None if found is None else f"{found[0]} ({found[1]})"
 
 

@@ -15,15 +15,22 @@ from typing import Any
 
 import torch
 
+from transfuse.backends import ahead
+
 OptionalTensors = Sequence[torch.Tensor | None]
 
 
 def define(name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register ``transfuse::name`` with its schema, its implementation for every device, and its fake."""
+
+    def without_data(*args: Any) -> Any:
+        # A Triton launch on meta tensors compiles its kernels where that is what this thread does.
+        return forward(*args) if ahead() is not None and args[-1] == "triton" else fake(*args)
+
     full = f"transfuse::{name}"
     torch.library.define(full, schema)
     torch.library.impl(full, "default", forward)
-    torch.library.register_fake(full, fake)
+    torch.library.register_fake(full, without_data)
 
 
 def autograd(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:

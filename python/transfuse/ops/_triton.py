@@ -110,9 +110,10 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def multiprocessors(device: torch.device) -> int:
     """How many streaming multiprocessors the device has; an H100's 132 where there is no GPU."""
+    if device.type == "cuda":
+        return _facts(device.index)[1]
     target = ahead()
-    index = device.index if target is None else target.gpu
-    return 132 if index is None else _facts(index)[1]
+    return 132 if target is None or target.gpu is None else _facts(target.gpu)[1]
 
 
 @functools.cache
