@@ -45,6 +45,18 @@ def test_the_calls_below_are_right_but_for_their_mistake():
 @pytest.mark.parametrize(
     "call, error, message",
     [
+        (dense(q=Q.to_sparse()), DtypeError, "attention: q must be a dense tensor, got layout torch.sparse_coo"),
+        (dense(window=(float("inf"), 0)), ArgumentError, r"window must be two integers .*got \(inf, 0\)"),
+        (dense(softcap="a"), ArgumentError, "softcap must be positive and finite, got 'a'"),
+        (dense(scale="a"), ArgumentError, "scale must be a finite number, got 'a'"),
+        (dense(dropout_p=None), ArgumentError, "dropout_p must be at least 0 and below 1, got None"),
+        (packed(max_q=None), ArgumentError, "max_q must be an integer of at least 0, got None"),
+        (as_torch(Q, K, V, "x"), DtypeError, "scaled_dot_product_attention: attn_mask must be a tensor, got str"),
+        (
+            as_torch(Q, K, V, torch.randn(5, 5), enable_gqa=True),
+            ArgumentError,
+            r"scaled_dot_product_attention: attn_mask must broadcast to shape \(2, 4, 5, 7\), got \(5, 5\)",
+        ),
         (dense(q=[1.0]), DtypeError, "attention: q must be a tensor, got list"),
         (dense(k=None), DtypeError, "attention: k must be a tensor, got NoneType"),
         (dense(q=Q.int()), DtypeError, "q must be float32, .* got int32"),

@@ -15,6 +15,8 @@ def floating(op: str, name: str, x: torch.Tensor) -> None:
     """x must be a tensor of fp32, fp16, bf16 or fp64."""
     if not isinstance(x, torch.Tensor):
         raise DtypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise DtypeError(f"{op}: {name} must be a dense tensor, got layout {x.layout} (use {name}.to_dense())")
     if x.dtype not in FLOATING:
         raise DtypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {_short(x.dtype)}")
 

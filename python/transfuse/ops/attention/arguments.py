@@ -89,11 +89,11 @@ def make_variant(
     head_dim = q.shape[-1]
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
-    elif not math.isfinite(scale):
-        raise ArgumentError(f"{op}: scale must be finite, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ArgumentError(f"{op}: softcap must be positive and finite, got {softcap}")
-    if dropout_p:
+    elif not _validate.within(scale, math.isfinite):
+        raise ArgumentError(f"{op}: scale must be a finite number, got {scale!r}")
+    if softcap is not None and not _validate.within(softcap, lambda cap: 0 < cap < math.inf):
+        raise ArgumentError(f"{op}: softcap must be positive and finite, got {softcap!r}")
+    if dropout_p != 0:
         _validate.probability(op, "dropout_p", dropout_p)
     if mask is not None:
         mask = _check_mask(op, mask, q, target)
@@ -114,7 +114,7 @@ def _check_window(op: str, window: Window) -> Window:
     try:
         left, right = window
         fits = int(left) == left >= -1 and int(right) == right >= -1
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
         raise ArgumentError(

@@ -191,7 +191,7 @@ def _check(
         raise ArgumentError(f"{op}: v must have shape {expected} like k, got {tuple(v.shape)}")
     arguments.check_heads(op, q.shape[1], k.shape[1], "k")
     for name, longest in (("max_q", max_q), ("max_k", max_k)):
-        if longest < 0:
+        if not _validate.within(longest, lambda length: length >= 0):
             raise ArgumentError(f"{op}: {name} must be an integer of at least 0, got {longest!r}")
     _check_bounds(op, "cu_seqlens_q", cu_seqlens_q, q, "q", max_q, "max_q")
     _check_bounds(op, "cu_seqlens_k", cu_seqlens_k, k, "k", max_k, "max_k")

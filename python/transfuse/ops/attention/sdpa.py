@@ -62,10 +62,13 @@ def scaled_dot_product_attention(
         if isinstance(attn_mask, torch.Tensor) and attn_mask.dtype == torch.bool:
             mask = attn_mask
         else:
+            _validate.floating(op, "attn_mask", attn_mask)
             bias = attn_mask
     plain = query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
     if not plain or (not enable_gqa and not query.shape[1] == key.shape[1] == value.shape[1]):
         return _broadcast(op, query, key, value, mask, bias, dropout_p, is_causal, scale, enable_gqa, backend)
+    if attn_mask is not None:
+        _validate.broadcasts(op, "attn_mask", attn_mask, (*query.shape[:3], key.shape[2]))
     return attention(
         query,
         key,
