@@ -267,8 +267,8 @@ def test_opcheck(dtype):
     out = OP(scores, 0.3, 0, mask, bias, "torch").detach().requires_grad_()
     dout = torch.randn(2, 6, 3, 5, dtype=dtype).transpose(1, 2).requires_grad_()
     backward = torch.ops.transfuse.causal_softmax_backward.default
-    torch.library.opcheck(backward, (dout, out, 0.3, bias, "torch"))
-    torch.library.opcheck(backward, (dout, out, 0.3, None, "torch"))
+    torch.library.opcheck(backward, (dout, out, 0.3, 0, bias, "torch"))
+    torch.library.opcheck(backward, (dout, out, 0.3, 0, None, "torch"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)

@@ -99,13 +99,20 @@ def _diagonal(scores: torch.Tensor, causal: bool | str) -> int | None:
 
 
 def _implementation(backend: str) -> ModuleType:
+    """The implementation module of a kernel backend; imported here and not above so that CPU users never pay for it."""
+    if backend == "triton":
+        from transfuse.ops.causal_softmax import triton_impl
+
+        return triton_impl
     return torch_impl
 
 
 def _why_not(backend: str, scores: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
     if backend in ("torch", "reference"):
         return None
-    return f"there is no {backend} kernel for causal_softmax (use backend='torch')"
+    if backend == "cuda":
+        return "there is no cuda kernel for causal_softmax (use backend='torch')"
+    return _implementation(backend).why_not(scores, mask, bias)
 
 
 # --- transfuse::causal_softmax --------------------------------------------------------------------------------------
@@ -120,22 +127,22 @@ def _forward_fake(scores, scale, diagonal, mask, bias, backend):  # type: ignore
 
 
 def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, scale, _, _, bias, backend = inputs
+    _, scale, diagonal, _, bias, backend = inputs
     ctx.save_for_backward(output, bias if ctx.needs_input_grad[4] else None)
-    ctx.scale, ctx.backend = scale, backend
+    ctx.scale, ctx.diagonal, ctx.backend = scale, diagonal, backend
 
 
 def _grad(ctx, dout):  # type: ignore[no-untyped-def]
     out, bias = ctx.saved_tensors
-    dscores, dbias = torch.ops.transfuse.causal_softmax_backward(dout, out, ctx.scale, bias, ctx.backend)
+    dscores, dbias = torch.ops.transfuse.causal_softmax_backward(dout, out, ctx.scale, ctx.diagonal, bias, ctx.backend)
     return dscores, None, None, None, None if bias is None else dbias, None
 
 
-def _backward(dout, out, scale, bias, backend):  # type: ignore[no-untyped-def]
-    return _implementation(backend).causal_softmax_backward(dout, out, scale, bias)
+def _backward(dout, out, scale, diagonal, bias, backend):  # type: ignore[no-untyped-def]
+    return _implementation(backend).causal_softmax_backward(dout, out, scale, diagonal, bias)
 
 
-def _backward_fake(dout, out, scale, bias, backend):  # type: ignore[no-untyped-def]
+def _backward_fake(dout, out, scale, diagonal, bias, backend):  # type: ignore[no-untyped-def]
     dscores = torch.empty_like(out, memory_format=torch.contiguous_format)
     if bias is None:
         return dscores, out.new_empty(0)
@@ -143,7 +150,7 @@ def _backward_fake(dout, out, scale, bias, backend):  # type: ignore[no-untyped-
 
 
 def _backward_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    dout, out, scale, bias, _ = inputs
+    dout, out, scale, _, bias, _ = inputs
     ctx.save_for_backward(dout, out)
     ctx.scale, ctx.has_bias = scale, bias is not None
 
@@ -156,7 +163,7 @@ def _double(ctx, ddscores, ddbias):  # type: ignore[no-untyped-def]
         g = (g + ddbias).to(out.dtype)
     along = (out * g).sum(-1, keepdim=True)
     r = (out * dout).sum(-1, keepdim=True)
-    return out * (g - along), g * (dout - r) - dout * along, None, None, None
+    return out * (g - along), g * (dout - r) - dout * along, None, None, None, None
 
 
 _registry.define(
@@ -167,7 +174,8 @@ _registry.define(
 )
 _registry.define(
     "causal_softmax_backward",
-    "(Tensor dout, Tensor out, float scale, Tensor? bias, str backend) -> (Tensor dscores, Tensor dbias)",
+    "(Tensor dout, Tensor out, float scale, SymInt? diagonal, Tensor? bias, str backend)"
+    " -> (Tensor dscores, Tensor dbias)",
     _backward,
     _backward_fake,
 )

@@ -40,9 +40,9 @@ def causal_softmax_forward(
 
 
 def causal_softmax_backward(
-    dout: torch.Tensor, out: torch.Tensor, scale: float, bias: torch.Tensor | None
+    dout: torch.Tensor, out: torch.Tensor, scale: float, diagonal: int | None, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dscores, dbias), dbias empty without a bias."""
+    """(dscores, dbias), dbias empty without a bias. Probabilities of 0 stand for the diagonal."""
     dlogits = torch._softmax_backward_data(dout, out, -1, out.dtype)
     dbias = out.new_empty(0) if bias is None else dlogits.sum_to_size(bias.shape).to(bias.dtype, copy=True)
     return dlogits.mul_(scale), dbias.contiguous()
