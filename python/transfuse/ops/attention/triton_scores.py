@@ -19,6 +19,7 @@ from transfuse.ops.attention.variant import Variant
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_FARTHEST = 1 << 30  # no two positions are farther apart; sums with one stay within 32 bits
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -47,9 +48,9 @@ class Lengths(NamedTuple):
     """Where each batch row's queries and keys stand: all None where every row is whole."""
 
     q_starts: torch.Tensor | None = None
-    """int32 (batch + 1): packed queries, cu_seqlens."""
+    """int32 or int64 (batch + 1): packed queries, cu_seqlens."""
     k_starts: torch.Tensor | None = None
-    """int32 (batch + 1): packed keys."""
+    """int32 or int64 (batch + 1): packed keys."""
     k_lengths: torch.Tensor | None = None
     """int32 or int64 (batch,): how many keys of each row's cache are filled."""
 
@@ -70,7 +71,7 @@ def per_head(t: torch.Tensor | None) -> Strided:
 
 def rule(variant: Variant) -> Rule:
     """The numbers of a variant."""
-    limit = lambda side: None if side < 0 else side  # noqa: E731
+    limit = lambda side: None if side < 0 else min(side, _FARTHEST)  # noqa: E731
     return Rule(variant.scale, variant.softcap or None, limit(variant.left), limit(variant.right), variant.first)
 
 
@@ -93,8 +94,8 @@ def q_span(lengths, b, q_len):  # type: ignore[no-untyped-def]
     begin = q_len * 0
     length = q_len
     if lengths.q_starts is not None:
-        begin = tl.load(lengths.q_starts + b)
-        length = tl.load(lengths.q_starts + b + 1) - begin
+        begin = tl.load(lengths.q_starts + b).to(tl.int32)
+        length = tl.load(lengths.q_starts + b + 1).to(tl.int32) - begin
     return begin, length
 
 
@@ -104,8 +105,8 @@ def k_span(lengths, b, k_len):  # type: ignore[no-untyped-def]
     begin = k_len * 0
     length = k_len
     if lengths.k_starts is not None:
-        begin = tl.load(lengths.k_starts + b)
-        length = tl.load(lengths.k_starts + b + 1) - begin
+        begin = tl.load(lengths.k_starts + b).to(tl.int32)
+        length = tl.load(lengths.k_starts + b + 1).to(tl.int32) - begin
     if lengths.k_lengths is not None:
         length = tl.load(lengths.k_lengths + b).to(tl.int32)
     return begin, length
