@@ -28,15 +28,19 @@ from transfuse.ops import (
 
 if TYPE_CHECKING:
     from transfuse import generation, models, nn, tasks, viz
+    from transfuse.ahead import warmup
     from transfuse.models import Decoder, Encoder, Seq2Seq, TransformerConfig, from_pretrained, load_tokenizer
+    from transfuse.ops._tuning import autotune
 
 _LAZY = {
     "Decoder": "transfuse.models",
     "Encoder": "transfuse.models",
     "Seq2Seq": "transfuse.models",
     "TransformerConfig": "transfuse.models",
+    "autotune": "transfuse.ops._tuning",
     "from_pretrained": "transfuse.models",
     "load_tokenizer": "transfuse.models",
+    "warmup": "transfuse.ahead",
 }
 _SUBMODULES = ("generation", "models", "nn", "tasks", "viz")
 
@@ -51,6 +55,7 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "autotune",
     "backends",
     "causal_softmax",
     "ffn",
@@ -66,6 +71,7 @@ __all__ = [
     "tasks",
     "use_backend",
     "viz",
+    "warmup",
 ]
 
 

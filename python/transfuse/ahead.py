@@ -7,15 +7,12 @@ run. Triton keeps what it compiles on disk (``TRITON_CACHE_DIR``), so an image t
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import importlib.util
 import re
 import subprocess
 import tempfile
 import threading
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 
 from transfuse.backends import Target
 from transfuse.errors import ArgumentError, BackendError
+from transfuse.ops import _nested
 
 _driver_lock = threading.RLock()
 
@@ -71,20 +69,21 @@ def warmup(
         BackendError: Triton is missing or interpreted, or there is neither a GPU nor a target.
         ArgumentError: the function reads values, autocast is on, or backward finds no gradient.
 
-    >>> x, w = torch.empty(64, 768, device="meta", dtype=torch.float16), torch.empty(768, device="meta")
-    >>> for kernel in warmup(transfuse.rms_norm, x, w, target=(9, 0)):  # doctest: +SKIP
-    ...     assert kernel.spilled_bytes == 0 and kernel.shared_bytes < 2**16
+    >>> import torch, transfuse
+    >>> x = torch.empty(64, 768, device="meta", dtype=torch.float16)
+    >>> kernels = transfuse.warmup(transfuse.rms_norm, x, None, target=(9, 0))  # doctest: +SKIP
+    >>> [kernel.spilled_bytes for kernel in kernels]  # doctest: +SKIP
+    [0]
     """
     compiled_for, driver = _target(target, (function, args, kwargs))
     if torch.is_autocast_enabled("cuda"):
         raise ArgumentError("warmup: autocast is on, and meta tensors do not take part in it: call .to(dtype) yourself")
     from transfuse.ops import _triton
 
-    twins: dict[int, Any] = {}
-    function, args, kwargs = _twin((function, args, kwargs), twins)
+    function, args, kwargs = _nested.without_data((function, args, kwargs))
     with driver, _triton.compiling(compiled_for) as compiled:
         try:
-            outputs = list(_tensors(function(*args, **kwargs)))
+            outputs = list(_nested.tensors(function(*args, **kwargs)))
             if backward:
                 _backward(outputs)
         except (RuntimeError, NotImplementedError) as error:
@@ -127,7 +126,7 @@ def _target(capability: tuple[int, int] | None, values: Any) -> tuple[Target, co
         return Target(capability), _compiling_without_gpu(capability)
     if not torch.cuda.is_available():
         raise BackendError("warmup: there is no GPU to compile for (name one by its capability, as in target=(9, 0))")
-    on_gpu = next((t.device.index for t in _tensors(values) if t.is_cuda), None)
+    on_gpu = next((t.device.index for t in _nested.tensors(values) if t.is_cuda), None)
     index = torch.cuda.current_device() if on_gpu is None else on_gpu
     return Target(torch.cuda.get_device_capability(index), index), torch.cuda.device(index)
 
@@ -175,85 +174,6 @@ def _compiling_without_gpu(capability: tuple[int, int]) -> Iterator[None]:
             yield
         finally:
             driver.set_active(before)
-
-
-# --- tensors without data -------------------------------------------------------------------------------------------
-
-
-def _twin(value: Any, twins: dict[int, Any]) -> Any:
-    """The same with meta tensors for tensors; what holds none, or what this cannot look into, as it is."""
-    if id(value) in twins:
-        return twins[id(value)][0]
-    found: Any = value
-    if isinstance(value, torch.Tensor):
-        found = _meta(value)
-    elif isinstance(value, torch.nn.Module):
-        return _module_twin(getattr(value, "_orig_mod", value), twins)  # a compiled module's kernels are its module's
-    elif isinstance(value, tuple):
-        items = [_twin(item, twins) for item in value]
-        found = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    elif isinstance(value, list):
-        found = [_twin(item, twins) for item in value]
-    elif isinstance(value, dict):
-        found = copy.copy(value)
-        for key, item in value.items():
-            found[key] = _twin(item, twins)
-    elif isinstance(value, types.MethodType):
-        found = types.MethodType(value.__func__, _twin(value.__self__, twins))
-    elif isinstance(value, functools.partial):
-        found = functools.partial(_twin(value.func, twins), *_twin(value.args, twins), **_twin(value.keywords, twins))
-    elif type(value).__module__.startswith("transfuse.") and hasattr(value, "__dict__"):
-        found = copy.copy(value)
-        twins[id(value)] = (found, value)
-        for name, item in vars(value).items():
-            object.__setattr__(found, name, _twin(item, twins))  # also where it is frozen
-    twins[id(value)] = (found, value)  # the value too, so that its id stays its own
-    return found
-
-
-def _module_twin(module: torch.nn.Module, twins: dict[int, Any]) -> torch.nn.Module:
-    if id(module) in twins:
-        found: torch.nn.Module = twins[id(module)][0]
-        return found
-    twin = module.__new__(type(module))
-    twins[id(module)] = (twin, module)
-    twin.__dict__ = dict(module.__dict__)
-    for name, value in module.__dict__.items():  # parameters, buffers and modules are dicts among them
-        twin.__dict__[name] = _twin(value, twins)
-    return twin
-
-
-def _meta(t: torch.Tensor) -> torch.Tensor:
-    """A meta tensor like t, whose offset is t's address modulo 16 bytes: kernels are specialised for aligned ones."""
-    if t.device.type == "meta":
-        return t
-    offset = t.data_ptr() % 16 // t.element_size()
-    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
-    with torch.no_grad():
-        twin = torch.empty(offset + span, dtype=t.dtype, device="meta").as_strided(t.shape, t.stride(), offset)
-    if isinstance(t, torch.nn.Parameter):
-        return torch.nn.Parameter(twin, requires_grad=t.requires_grad)
-    return twin.requires_grad_(t.requires_grad)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a value holds."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, torch.nn.Module):
-        yield from value.parameters()
-        yield from value.buffers()
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, types.MethodType):
-        yield from _tensors(value.__self__)
-    elif isinstance(value, functools.partial):
-        yield from _tensors((value.func, value.args, value.keywords))
-    elif type(value).__module__.startswith("transfuse.") and hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
 
 
 # --- what came out --------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class _Described:
     def __init__(self, t: torch.Tensor) -> None:
         self.dtype = t.dtype
         # A meta tensor has no address; its storage would have been aligned.
-        self._address = t.storage_offset() * t.element_size()
+        self._address = int(t.storage_offset()) * t.element_size()
 
     def data_ptr(self) -> int:
         return self._address
