@@ -1,7 +1,7 @@
 """The feed-forward network as one op, plain or gated, and the linear layer with its activation.
 
 ``reference`` is the specification and ``torch_impl`` the plain-PyTorch path; this file validates once, picks, calls,
-and registers. A kernel module drops in as ``triton_impl`` or ``cuda_impl`` with ``why_not(op, x, w)`` and torch_impl's
+and registers. ``triton_impl`` holds the Triton kernels; a kernel module has ``why_not(op, *tensors)`` and torch_impl's
 ``*_forward`` and ``*_backward``.
 """
 
@@ -64,7 +64,7 @@ def ffn(
     tensor([128., 128., 128., 128.])
     """
     _check_ffn(x, w1, b1, w2, b2, activation, w_gate, dropout_p)
-    name = choose("ffn", x.device, backend, lambda b: _why_not(b, "ffn", x, w1))
+    name = choose("ffn", x.device, backend, lambda k: _why_not(k, "ffn", x, w1, b1, w2, b2, w_gate))
     if name == "torch":
         return torch_impl.ffn(x, w1, b1, w2, b2, activation, w_gate, dropout_p)
     if name == "reference":
@@ -103,7 +103,7 @@ def linear_act(
     """
     _check_linear("linear_act", x, "w", w, "b", b)
     _check_activation("linear_act", activation)
-    name = choose("linear_act", x.device, backend, lambda k: _why_not(k, "linear_act", x, w))
+    name = choose("linear_act", x.device, backend, lambda k: _why_not(k, "linear_act", x, w, b))
     if name in ("torch", "reference"):
         return (torch_impl if name == "torch" else reference).linear_act(x, w, b, activation)
     x, w, b = _cast(x, w, b)
@@ -169,13 +169,20 @@ def _needs_graph(*tensors: torch.Tensor | None) -> bool:
 
 
 def _implementation(backend: str) -> ModuleType:
+    """The implementation module of a kernel backend; imported here and not above so that CPU users never pay for it."""
+    if backend == "triton":
+        from transfuse.ops.ffn import triton_impl
+
+        return triton_impl
     return torch_impl
 
 
-def _why_not(backend: str, op: str, x: torch.Tensor, w: torch.Tensor) -> str | None:
+def _why_not(backend: str, op: str, *tensors: torch.Tensor | None) -> str | None:
     if backend in ("torch", "reference"):
         return None
-    return f"there is no {backend} kernel for {op} (use backend='torch')"
+    if backend == "cuda":
+        return f"there is no {backend} kernel for {op} (use backend='torch')"
+    return _implementation(backend).why_not(op, *tensors)
 
 
 # --- transfuse::ffn -------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""How the products of ffn and linear_act are cut into tiles: one function, with its reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from transfuse.ops._triton import INTERPRETED
+
+
+class Tiles(NamedTuple):
+    """How one product is cut; splits: ranges of K whose sums are added in a second pass."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+_MOST_SPLITS = 16
+_DEPTH = 256
+"""A split adds at least so many products to an element: below it, its partial sums cost more than they save."""
+
+
+def choose(M: int, N: int, K: int, dtype: torch.dtype, kind: str, device: torch.device) -> Tiles:
+    """For (M, K) @ (K, N); kind: "one" accumulator, "gated" (two), "backward" (one, and what was saved)."""
+    if INTERPRETED:  # small, so that small tests have several tiles and splits
+        return Tiles(32, 32, 32, 2 if M <= 16 and K >= 64 else 1, 4, 1)
+    capability, processors = _gpu(device)
+    block_m, block_n, block_k, num_warps, num_stages = _blocks(M, dtype, kind, capability)
+    block_n, block_k = min(block_n, _power_of_2(N)), min(block_k, _power_of_2(K))
+    programs = -(-M // block_m) * -(-N // block_n)
+    # Few rows (or, summing over rows, small weights) leave processors without work: they get ranges of K.
+    splits = max(1, min(processors // max(programs, 1), K // max(_DEPTH, 2 * block_k), _MOST_SPLITS))
+    return Tiles(block_m, block_n, block_k, splits, num_warps, num_stages)
+
+
+def _blocks(M: int, dtype: torch.dtype, kind: str, capability: tuple[int, int]) -> tuple[int, int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) of a product with N and K without end."""
+    gated = kind == "gated"
+    large = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # 160 KiB and more of shared memory a block; others 99 KiB
+    if dtype == torch.float32:
+        if M <= 64:
+            return max(16, _power_of_2(M)), 32 if gated else 64, 32, 4, 3
+        # Each operand of three tf32 products is held twice in registers, so tiles are half as large as in 16 bits.
+        return (128, 64, 32, 8, 3) if large and not gated else (64, 64, 32, 4, 3) if not gated else (64, 32, 32, 4, 3)
+    if M <= 32:
+        # All time goes into reading B: rows as few as there are, long stretches of K, many loads on their way.
+        return max(16, _power_of_2(M)), 32 if gated else 64, 128 if large else 64, 4, 4
+    if M <= 64:
+        return 64, 64, 64, 4, 4 if large and not gated else 3
+    if capability >= (9, 0) and large:
+        # wgmma reads both operands from shared memory: two warpgroups of 64 rows, 128 fp32 sums a thread at most.
+        # The saved tensors of the backward take the registers of half the sums.
+        return (128, 128, 64, 8, 3) if kind != "one" else (128, 256, 64, 8, 3)
+    # mma.sync: 64 fp32 sums a thread leave room for the operands, which also go through registers.
+    return (128, 64, 32, 8, 4) if gated else (128, 128, 32, 8, 4)
+
+
+def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
+    """(compute capability, multiprocessors); an H100's where nothing runs."""
+    if device.type != "cuda":
+        return (9, 0), 132
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _power_of_2(size: int) -> int:
+    """The power of 2 at or above a size, at least 16, which is the least that tl.dot takes."""
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+def candidates(chosen: Tiles) -> Sequence[Tiles]:
+    """What measuring may try in place of the choice: other shapes of about its size, depths and splits."""
+    m, n, k, splits, warps, stages = chosen
+    shapes = {(m, n), (m, max(16, n // 2)), (max(16, m // 2), n), (max(16, m // 2), n * 2), (m * 2, max(16, n // 2))}
+    found = [Tiles(bm, bn, k, splits, warps, s) for bm, bn in sorted(shapes) for s in (stages, stages + 1)]
+    found += [chosen._replace(num_warps=4 if warps == 8 else 8), chosen._replace(BLOCK_K=max(16, k // 2))]
+    found += [chosen._replace(splits=s) for s in (1, 2, 4, 8) if s != splits and k * s * 2 <= 8192]
+    return found
