@@ -96,7 +96,7 @@ def test_the_calls_below_are_right_but_for_their_mistake():
         (dense(window=(1.5, 0)), ArgumentError, "window must be two integers"),
         (dense(softcap=0.0), ArgumentError, "softcap must be positive and finite, got 0.0"),
         (dense(softcap=float("nan")), ArgumentError, "softcap must be positive and finite, got nan"),
-        (dense(scale=float("inf")), ArgumentError, "scale must be finite, got inf"),
+        (dense(scale=float("inf")), ArgumentError, "scale must be a finite number, got inf"),
         (dense(dropout_p=1.0), ArgumentError, "dropout_p must be at least 0 and below 1, got 1.0"),
         (dense(dropout_p=-0.1), ArgumentError, "dropout_p must be at least 0 and below 1, got -0.1"),
         (dense(backend="tpu"), BackendError, "unknown backend 'tpu': expected one of cuda, triton, torch, reference"),
