@@ -47,8 +47,18 @@ _SHORTEST_RUN = 4
 
 
 @triton.jit
-def _looped(k_low, q_low, q_len, k_len, rule, ROWS: tl.constexpr, COLUMNS: tl.constexpr, VARY: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _looped(  # type: ignore[no-untyped-def]
+    k_low,
+    q_low,
+    q_len,
+    k_len,
+    rule,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VARY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """[low, high) of the tiles that a program loops over for one head; empty or one where it loops over heads alone.
 
     With lengths that VARY by batch row it is all of them.
@@ -71,8 +81,28 @@ def _looped(k_low, q_low, q_len, k_len, rule, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def _ds(inputs, rule, lengths, seed, threshold, up, heads, group, q_len, k_len, b, h, i, j, j_low,
-        DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _ds(  # type: ignore[no-untyped-def]
+    inputs,
+    rule,
+    lengths,
+    seed,
+    threshold,
+    up,
+    heads,
+    group,
+    q_len,
+    k_len,
+    b,
+    h,
+    i,
+    j,
+    j_low,
+    DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """dS [BLOCK_M, BLOCK_N] of queries i and keys j of one head; 0 beyond their ends."""
     q_begin, q_length = q_span(lengths, b, q_len)
     k_begin, k_length = k_span(lengths, b, k_len)

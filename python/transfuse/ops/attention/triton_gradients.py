@@ -81,8 +81,12 @@ def make_call(
 ) -> Call:
     """Views of the tensors of one backward and its numbers."""
     inputs = Inputs(
-        *(strided(t) for t in (q, k, v, dout)),
-        *(strided(t[..., None]) for t in (lse, delta)),
+        strided(q),
+        strided(k),
+        strided(v),
+        strided(dout),
+        strided(lse[..., None]),
+        strided(delta[..., None]),
         strided(variant.mask),
         strided(variant.bias),
         per_head(variant.alibi_slopes),
