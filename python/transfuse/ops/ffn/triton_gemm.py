@@ -27,7 +27,7 @@ import triton.language as tl
 
 from transfuse.ops._triton import INTERPRETED, dot, kept, launch, precision, rounded
 from transfuse.ops._tuning import tuned
-from transfuse.ops.ffn.triton_tiles import Tiles, candidates, choose
+from transfuse.ops.ffn.triton_tiles import Tiles, candidates, choose, parts
 
 
 class Matrix(NamedTuple):
@@ -163,6 +163,41 @@ def _finish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _finish_parts(  # type: ignore[no-untyped-def]
+    c,
+    g,
+    ends,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    threshold,
+    scale,
+    BACKWARD: tl.constexpr,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """_finish for one stretch of columns after the other: beside the sums, only one stretch's values take registers."""
+    if PARTS == 1:
+        _finish(c, g, ends, tile_m, tile_n, M, N, threshold, scale, BACKWARD, GATED, ACTIVATION, BLOCK_M, BLOCK_N)
+    else:
+        # [BLOCK_M, BLOCK_N] -> [BLOCK_M, 2, BLOCK_N / 2] -> the left and the right half
+        c0, c1 = c.reshape([BLOCK_M, 2, BLOCK_N // 2]).permute(0, 2, 1).split()
+        g0, g1 = g.reshape([BLOCK_M, 2, BLOCK_N // 2]).permute(0, 2, 1).split()
+        _finish_parts(
+            c0, g0, ends, tile_m, tile_n * 2, M, N, threshold, scale, BACKWARD, GATED, ACTIVATION,
+            BLOCK_M, BLOCK_N // 2, PARTS // 2,
+        )  # fmt: skip
+        _finish_parts(
+            c1, g1, ends, tile_m, tile_n * 2 + 1, M, N, threshold, scale, BACKWARD, GATED, ACTIVATION,
+            BLOCK_M, BLOCK_N // 2, PARTS // 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def _at(matrix, row, column):  # type: ignore[no-untyped-def]
     """Pointers [ROWS, COLUMNS] of int64 row and column numbers."""
     return matrix.pointer + row[:, None] * matrix.row + column[None, :] * matrix.column
@@ -238,6 +273,7 @@ def _product(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     GATED: tl.constexpr = b_gate.pointer is not None
@@ -262,8 +298,8 @@ def _product(  # type: ignore[no-untyped-def]
     if a2.pointer is not None:
         c, g = _multiply(c, g, a2, b2, b_gate, m, n, first, last, M, N, K, PRECISION, BLOCK_K)
     if partials is None:
-        _finish(
-            c, g, ends, tile_m, tile_n, M, N, threshold, scale, BACKWARD, GATED, ACTIVATION, BLOCK_M, BLOCK_N
+        _finish_parts(
+            c, g, ends, tile_m, tile_n, M, N, threshold, scale, BACKWARD, GATED, ACTIVATION, BLOCK_M, BLOCK_N, PARTS
         )  # fmt: skip
     else:
         at = partials + m[:, None] * N + n[None, :]
@@ -332,6 +368,7 @@ def product(
     # Only where a mask runs along a contiguous dimension, and that is never the rows, whose number varies.
     m_unit = 16 if M % 16 == 0 and a.stride(0) == 1 else 1
     k_unit = 16 if K % 16 == 0 and (a.stride(1) == 1 or b.stride(0) == 1) else 1
+    kind = "gated" if b_gate is not None else "backward" if backward else "one"
     found: list[torch.Tensor | None] = []
 
     def run(tiles: Tiles) -> None:
@@ -348,6 +385,7 @@ def product(
             device=device, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             BACKWARD=back, ACTIVATION=act, PRECISION=precision(a.dtype), M_UNIT=m_unit, K_UNIT=k_unit,
             BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, BLOCK_K=tiles.BLOCK_K, GROUP_M=8,
+            PARTS=parts(tiles, kind, act),
         )  # fmt: skip
         total = None if end.sums is None else end.sums.sum(0)
         if partials is not None:
@@ -355,7 +393,6 @@ def product(
             total = combine(c, g, ends, activation, backward=backward, dropout_p=dropout_p, sums=sums)
         found.append(total)
 
-    kind = "gated" if b_gate is not None else "backward" if backward else "one"
     chosen = choose(M, N, K, a.dtype, kind, device)
     tuned("ffn_product", (kind, a.dtype, M, N, K), chosen, candidates(chosen), run, device)
     return found[-1]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
+from transfuse.backends import ahead
 from transfuse.ops._triton import precision
 from transfuse.ops.ffn.triton_gemm import Ends, combine, product
 
@@ -39,7 +40,10 @@ def use_cublas(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device)
     - in fp32 with ``precision`` "tf32x3", which it lacks: its fp32 leaves tensor cores unused;
     - under torch.use_deterministic_algorithms, where its order of sums hangs on a variable of the environment.
     """
-    return device.type == "cuda" and precision(dtype) != "tf32x3" and not torch.are_deterministic_algorithms_enabled()
+    target = ahead()
+    if device.type != "cuda" and (target is None or target.gpu is None):
+        return False
+    return precision(dtype) != "tf32x3" and not torch.are_deterministic_algorithms_enabled()
 
 
 def ffn_forward(

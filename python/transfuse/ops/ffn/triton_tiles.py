@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from transfuse.ops._triton import INTERPRETED
+from transfuse.ops._triton import INTERPRETED, capability, multiprocessors
 
 
 class Tiles(NamedTuple):
@@ -30,19 +30,18 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, kind: str, device: torch.
     """For (M, K) @ (K, N); kind: "one" accumulator, "gated" (two), "backward" (one, and what was saved)."""
     if INTERPRETED:  # small, so that small tests have several tiles and splits
         return Tiles(32, 32, 32, 2 if M <= 16 and K >= 64 else 1, 4, 1)
-    capability, processors = _gpu(device)
-    block_m, block_n, block_k, num_warps, num_stages = _blocks(M, dtype, kind, capability)
+    block_m, block_n, block_k, num_warps, num_stages = _blocks(M, dtype, kind, capability(device))
     block_n, block_k = min(block_n, _power_of_2(N)), min(block_k, _power_of_2(K))
     programs = -(-M // block_m) * -(-N // block_n)
     # Few rows (or, summing over rows, small weights) leave processors without work: they get ranges of K.
-    splits = max(1, min(processors // max(programs, 1), K // max(_DEPTH, 2 * block_k), _MOST_SPLITS))
+    splits = max(1, min(multiprocessors(device) // max(programs, 1), K // max(_DEPTH, 2 * block_k), _MOST_SPLITS))
     return Tiles(block_m, block_n, block_k, splits, num_warps, num_stages)
 
 
-def _blocks(M: int, dtype: torch.dtype, kind: str, capability: tuple[int, int]) -> tuple[int, int, int, int, int]:
+def _blocks(M: int, dtype: torch.dtype, kind: str, gpu: tuple[int, int]) -> tuple[int, int, int, int, int]:
     """(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages) of a product with N and K without end."""
     gated = kind == "gated"
-    large = capability in ((8, 0), (9, 0), (10, 0), (10, 3))  # 160 KiB and more of shared memory a block; others 99 KiB
+    large = gpu in ((8, 0), (9, 0), (10, 0), (10, 3))  # 160 KiB and more of shared memory a block; others 99 KiB
     if dtype == torch.float32:
         if M <= 64:
             return max(16, _power_of_2(M)), 32 if gated else 64, 32, 4, 3
@@ -53,7 +52,7 @@ def _blocks(M: int, dtype: torch.dtype, kind: str, capability: tuple[int, int]) 
         return max(16, _power_of_2(M)), 32 if gated else 64, 128 if large else 64, 4, 4
     if M <= 64:
         return 64, 64, 64, 4, 4 if large and not gated else 3
-    if capability >= (9, 0) and large:
+    if gpu >= (9, 0) and large:
         # wgmma reads both operands from shared memory: two warpgroups of 64 rows, 128 fp32 sums a thread at most.
         # The saved tensors of the backward take the registers of half the sums.
         return (128, 128, 64, 8, 3) if kind != "one" else (128, 256, 64, 8, 3)
@@ -61,11 +60,12 @@ def _blocks(M: int, dtype: torch.dtype, kind: str, capability: tuple[int, int]) 
     return (128, 64, 32, 8, 4) if gated else (128, 128, 32, 8, 4)
 
 
-def _gpu(device: torch.device) -> tuple[tuple[int, int], int]:
-    """(compute capability, multiprocessors); an H100's where nothing runs."""
-    if device.type != "cuda":
-        return (9, 0), 132
-    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(device).multi_processor_count
+def parts(tiles: Tiles, kind: str, activation: str) -> int:
+    """In how many stretches of columns a tile's end is done where it computes: more values at once spill registers."""
+    if INTERPRETED or activation == "":
+        return 1
+    elements = 32 if kind == "one" else 16  # a thread
+    return max(1, min(tiles.BLOCK_M * tiles.BLOCK_N // (32 * tiles.num_warps * elements), tiles.BLOCK_N // 16))
 
 
 def _power_of_2(size: int) -> int:
