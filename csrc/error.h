@@ -9,12 +9,21 @@
 
 namespace transfuse {
 
+// What a call does with a tensor. Only tests/cuda_on_cpu reads this: it holds the kernels to it.
+enum class Role {
+  Input,      // is never written
+  Output,     // every element is written before the call ends, and read back only after that
+  Workspace,  // elements are read only after they were written; some may stay unwritten
+  Updated,    // holds values already: any element may be read or written
+};
+
 struct NamedTensor {
   const char* name;
   const TensorView* tensor;  // nullptr when absent
+  Role role = Role::Input;
 };
 
-// One call of a launcher, for messages: its op and its tensors. Text is only made when something is wrong.
+// One call of a launcher: its op and all tensors that its kernels touch. Text is only made when something is wrong.
 class Call {
  public:
   Call(const char* op, std::initializer_list<NamedTensor> tensors) : op(op) {
@@ -23,8 +32,15 @@ class Call {
     }
   }
 
+#ifdef TRANSFUSE_CUDA_ON_CPU
+  ~Call() noexcept(false);  // throws when the kernels left an output unwritten
+#endif
+
   // "x float16 (8, 768), weight float32 (768)"
   std::string shapes() const;
+
+  const NamedTensor* begin() const { return tensors_; }
+  const NamedTensor* end() const { return tensors_ + count_; }
 
   const char* const op;
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from cuda_on_cpu import build
 from transfuse import _extension
 from transfuse.backends import _process, why_not
 
@@ -39,13 +42,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="torch.library.opcheck needs the package expecttest"))
 
 
+@functools.cache
+def _built_for_the_cpu() -> tuple[ModuleType | None, str | None, RuntimeError | None]:
+    """The CUDA sources as a module for CPU tensors, built once; or why not here; or how its build failed."""
+    if (reason := build.why_not()) is not None:
+        return None, reason, None
+    try:
+        return (*_extension._import(build.build(), "see docs/testing-kernels.md"), None)
+    except RuntimeError as error:
+        return None, None, error
+
+
+def cuda_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one test, ``_C`` is the CUDA sources built for the host; skips where they cannot be built."""
+    module, reason, error = _built_for_the_cpu()
+    if error is not None:
+        raise error
+    skip_unless(reason)
+    assert module is not None
+    monkeypatch.setenv("TRANSFUSE_CUDA_ON_CPU", str(module.__file__))
+    monkeypatch.setattr(_extension, "_load", lambda: (module, None))
+
+
 @pytest.fixture(params=["torch", "triton", "cuda"])
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each backend in turn; one that cannot run here is skipped with its own words.
 
     A test whose op lacks a kernel on that backend says so by calling :func:`skip_unless`.
     """
     name: str = request.param
+    if name == "cuda" and not torch.cuda.is_available() and not _extension.on_cpu():
+        cuda_on_cpu(monkeypatch)
     reason = why_not(name, device_of(name))
     if reason is not None:
         pytest.skip(f"{name}: {reason}")

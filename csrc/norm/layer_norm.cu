@@ -83,8 +83,9 @@ void layer_norm_forward(const TensorView& x, const OptionalTensor& residual, con
   const TensorView* w = weight ? &*weight : nullptr;
   const TensorView* b = bias ? &*bias : nullptr;
   const TensorView* s = summed ? &*summed : nullptr;
-  const Call call("layer_norm_forward", {{"x", &x}, {"residual", r}, {"weight", w}, {"bias", b}, {"y", &y},
-                                         {"summed", s}, {"mean", &mean}, {"rstd", &rstd}});
+  const Call call("layer_norm_forward", {{"x", &x}, {"residual", r}, {"weight", w}, {"bias", b},
+                                         {"y", &y, Role::Output}, {"summed", s, Role::Output},
+                                         {"mean", &mean, Role::Output}, {"rstd", &rstd, Role::Output}});
   check(x, r, w, b, y, s, mean, rstd, call);
   if (x.sizes[0] == 0) return;
 

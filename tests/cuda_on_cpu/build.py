@@ -1,0 +1,140 @@
+"""Build the CUDA sources for the host: ``python tests/cuda_on_cpu/build.py`` prints the path of the module.
+
+The module has the bindings of ``transfuse._C`` and runs its kernels on CPU tensors, thread by thread, checking what a
+GPU would forgive or corrupt (docs/testing-kernels.md). It is built once for each state of the sources, by the C++
+compiler alone; no CUDA is needed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent.resolve()
+ROOT = HERE.parents[1]
+CACHE = ROOT / "build" / "cuda_on_cpu"
+REPLACED = {"csrc/launch.cu"}  # by engine/tensors.cpp
+
+# -fsanitize=thread puts a call before every load and store; engine/memory.cpp defines what is called. The sanitizer's
+# own library is never linked.
+WATCHED = ["-fsanitize=thread", "-fsanitize=bounds", "-include", "cuda_runtime.h", "-x", "c++"]
+NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-g1",
+    NATIVE,
+    "-fno-gnu-unique",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+]
+
+
+def compiler() -> str | None:
+    """The host's C++ compiler: $CXX, g++ or clang++; None if there is none."""
+    asked = os.environ.get("CXX", "")
+    return next((found for name in (asked, "g++", "clang++") if name and (found := shutil.which(name))), None)
+
+
+def why_not() -> str | None:
+    """Why the module cannot be built here, or None."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        return (
+            f"the CUDA sources run on the CPU under Linux on x86-64 or aarch64, not {sys.platform} {platform.machine()}"
+        )
+    if compiler() is None:
+        return "running the CUDA sources on the CPU needs a C++ compiler (install g++)"
+    try:
+        import pybind11  # noqa: F401
+    except ImportError:
+        return "running the CUDA sources on the CPU needs pybind11 (pip install pybind11)"
+    return None
+
+
+def extension_sources() -> list[Path]:
+    """What CMakeLists.txt lists, but for what the engine replaces."""
+    listed = re.findall(r"^\s+(csrc/\S+\.(?:cu|cpp))\s*$", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    return [ROOT / name for name in listed if name not in REPLACED]
+
+
+def build(name: str = "_C", sources: Sequence[Path] | None = None) -> Path:
+    """Build the module ``name`` from ``sources`` (the extension's) and the engine, unless it is there already.
+
+    Raises:
+        RuntimeError: a compiler call failed; the message holds its output.
+    """
+    import pybind11
+
+    sources = [*(extension_sources() if sources is None else sources), *sorted((HERE / "engine").glob("*.cpp"))]
+    includes = [HERE / "include", HERE / "engine", ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    command = [compiler() or "g++", *FLAGS, *(f"-I{path}" for path in includes), *_definitions()]
+    target = CACHE / _digest(command) / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed: other processes of a test run wait for this build
+        if target.is_file():
+            return target
+        objects = [Path(folder) / f"{number}-{source.name}.o" for number, source in enumerate(sources)]
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+            list(pool.map(lambda pair: _compile(command, *pair), zip(sources, objects, strict=True)))
+        whole = Path(folder) / target.name
+        _run([command[0], "-shared", "-o", str(whole), *map(str, objects), "-ldl"])
+        whole.rename(target)
+    return target
+
+
+def _definitions() -> list[str]:
+    version: dict[str, str] = {}
+    exec((ROOT / "python/transfuse/_version.py").read_text(), version)
+    return [
+        "-DTRANSFUSE_CUDA_ON_CPU",
+        f'-DTRANSFUSE_VERSION="{version["__version__"]}"',
+        '-DTRANSFUSE_ARCH_LIST="this CPU"',
+    ]
+
+
+def _compile(command: list[str], source: Path, to: Path) -> None:
+    kernels = source.suffix == ".cu"
+    how = ["-O1", *WATCHED] if kernels else ["-O2"]
+    _run([*command, *how, "-c", str(source), "-o", str(to)])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
+
+
+def _digest(command: list[str]) -> str:
+    """Of all that decides what the module is: sources, headers, flags, compiler, processor, Python."""
+    digest = hashlib.sha256()
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    cpu = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    for text in (*command, version, sys.version, cpu.group() if cpu else ""):
+        digest.update(text.encode())
+    for folder in (ROOT / "csrc", HERE):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp", ".py")):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    reason = why_not()
+    if reason is not None:
+        sys.exit(reason)
+    print(build())
