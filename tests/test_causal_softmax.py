@@ -25,7 +25,7 @@ INF, NAN = float("inf"), float("nan")
 _id = lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v).removeprefix("torch.")  # noqa: E731
 
 
-def run(tensors, backend, *, causal=True, scale=0.3, dout=None):
+def run(tensors, backend, *, causal=True, scale=0.3, dout=None, formulas=reference.causal_softmax):
     """Judge the op against the formulas; absent tensors are None."""
     tensors = {"mask": None, "bias": None, **tensors}
     skip_unless(_why_not(backend, tensors["scores"], tensors["mask"], tensors["bias"]))
@@ -34,7 +34,7 @@ def run(tensors, backend, *, causal=True, scale=0.3, dout=None):
         lambda scores, scale, causal, mask, bias: causal_softmax(
             scores, scale=scale, causal=causal, mask=mask, bias=bias, backend=backend
         ),
-        reference.causal_softmax,
+        formulas,
         tensors,
         grads=[g for g in ("scores", "bias") if tensors[g] is not None],
         grad_outputs=[dout],
@@ -89,8 +89,29 @@ def test_masks_and_biases_of_every_shape(mask, bias, dtype, causal, backend, dev
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=_id)
 def test_fp32_bias_on_low_precision_scores(dtype, backend, device):
+    # Here alone the formulas, promoted to fp32 by the bias, know the probabilities better than what a kernel saves.
     scores = torch.randn(2, 4, 12, 12, device=device).to(dtype)
-    run({"scores": scores, "bias": torch.randn(4, 12, 12, device=device)}, backend)
+    bias = torch.randn(4, 12, 12, device=device)
+    formulas = reference.causal_softmax if backend == "torch" else from_saved_probabilities
+    run({"scores": scores, "bias": bias}, backend, formulas=formulas)
+
+
+def from_saved_probabilities(scores, scale, causal, mask, bias):
+    """The formulas, with gradients from the probabilities as a result in scores' dtype holds them."""
+    exact = reference.causal_softmax(scores.double(), scale, causal, mask, bias.double())
+    rounded = exact.detach().to(scores.dtype).to(bias.dtype)
+
+    class Softmax(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, scores, bias):
+            return rounded.to(scores.dtype)
+
+        @staticmethod
+        def backward(ctx, dout):
+            dlogits = rounded * (dout - (rounded * dout).sum(-1, keepdim=True))
+            return (scale * dlogits).to(scores.dtype), dlogits.sum_to_size(bias.shape)
+
+    return Softmax.apply(scores, bias)
 
 
 # --- rows that see nothing, and values that hurt --------------------------------------------------------------------
@@ -233,6 +254,82 @@ def test_any_shape(lead, q_len, k_len, dtype, causal, scale, masked, biased, dat
     if biased:
         tensors["bias"] = torch.randn(part(), device=device).to(dtype)
     run(tensors, backend, causal=causal, scale=scale)
+
+
+def test_many_dimensions(backend, device, poisoned):
+    # Ten dimensions, permuted, none of which can be joined with its neighbour in all three.
+    shape = (1, 2, 1, 3, 2, 1, 2, 2, 2, 6)
+    scores = torch.randn(shape[::-1], device=device).permute(*range(9, -1, -1))
+    mask = torch.rand(2, 1, 3, 2, 1, 1, 2, 2, 6, device=device) > 0.3
+    run({"scores": scores, "mask": mask, "bias": torch.randn(3, 1, 1, 2, 1, 1, 6, device=device)}, backend)
+
+
+@pytest.mark.parametrize("bias", [(9, 2, 3, 5), (2, 3, 5), (5,), (3, 1), (9, 1, 1, 5), ()], ids=str)
+def test_a_bias_gradient_is_summed_in_a_fixed_order(bias, backend, device, poisoned):
+    # 9 matrices: enough for the sum over them to be split among programs
+    scores, bias = torch.randn(9, 2, 3, 5, device=device), torch.randn(bias, device=device)
+    run({"scores": scores, "bias": bias}, backend, causal=len(bias.shape) % 2 == 1)
+    leaf, dout = bias.requires_grad_(), torch.randn_like(scores)
+    first, second = (
+        torch.autograd.grad(causal_softmax(scores, bias=leaf, backend=backend), leaf, dout)[0] for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def short_rows_only(monkeypatch, columns):
+    """Make a kernel take rows of more columns for too long to be kept in registers."""
+    triton_impl = pytest.importorskip("transfuse.ops.causal_softmax.triton_impl")
+    monkeypatch.setattr(triton_impl, "MOST_COLUMNS", columns)
+
+
+@pytest.mark.parametrize("causal", CAUSAL, ids=_id)
+@pytest.mark.parametrize(
+    "mask, bias",
+    [(None, None), ((2, 1, 13), (2, 5, 13)), ((13,), (5, 13)), ((5, 1), (13,)), ((), (5, 1)), (None, ())],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+def test_rows_too_long_for_registers(dtype, mask, bias, causal, backend, device, poisoned, monkeypatch):
+    if backend != "triton":
+        pytest.skip("the other backends have no limit to lower: see test_long_rows")
+    short_rows_only(monkeypatch, 4)
+    tensors = {"scores": torch.randn(2, 5, 13, device=device).mul(3).to(dtype)}
+    if mask is not None:
+        tensors["mask"] = torch.rand(mask, device=device) > 0.3
+    if bias is not None:
+        tensors["bias"] = torch.randn(bias, device=device).to(dtype)
+    run(tensors, backend, causal=causal)
+
+
+@pytest.mark.parametrize("k_len", [4096, 20001], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=_id)
+def test_long_rows(dtype, k_len, backend, device, poisoned):
+    scores = torch.randn(2, 2, k_len, device=device).to(dtype)
+    bias = torch.randn(2, k_len, device=device).to(dtype)
+    mask = torch.rand(k_len, device=device) > 0.5
+    run({"scores": scores, "mask": mask, "bias": bias}, backend, causal="lower_right")
+    if backend == "triton":
+        leaf = scores.requires_grad_()
+        out = causal_softmax(leaf, backend=backend)
+        out.sum().backward()  # the gradient comes in with strides of 0
+        assert out[:, 0, 1:].eq(0).all()
+        assert leaf.grad[:, 0].eq(0).all()
+
+
+@pytest.mark.parametrize("value", [NAN, INF], ids=str)
+def test_long_rows_and_values_that_hurt(value, backend, device, monkeypatch):
+    if backend == "triton":
+        short_rows_only(monkeypatch, 4)
+    scores = torch.randn(10, 10, device=device)
+    skip_unless(_why_not(backend, scores, None, None))
+    scores[5, 6:] = value  # hidden
+    scores[7, :8] = -INF  # nothing else to see
+    scores[9, 5:7] = value  # seen
+    out = causal_softmax(scores, backend=backend)
+    assert out[9].isnan().all()
+    assert out[7].eq(0).all()
+    assert out[:9].isfinite().all()
+    assert out[5].sum() > 0.99
 
 
 # --- the plain path and the registered op ---------------------------------------------------------------------------

@@ -85,8 +85,10 @@ def _offset(index, sizes, strides):  # type: ignore[no-untyped-def]
 def _limit(query, k_len, diagonal):  # type: ignore[no-untyped-def]
     """How many keys a query may see, int64; diagonal None: all of them."""
     if diagonal is None:
-        return query * 0 + k_len
-    return tl.minimum(tl.maximum(query + diagonal + 1, 0), k_len)
+        limit = query * 0 + k_len
+    else:
+        limit = tl.minimum(tl.maximum(query + diagonal + 1, 0), k_len)
+    return limit
 
 
 @triton.jit
@@ -99,8 +101,10 @@ def _up(count, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
 def _at(tensor, start, begin, column, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
     """Pointers to keys begin + column of rows that start at these offsets; start: [ROWS, 1], column: [1, COLUMNS]."""
     if tensor.column is None:
-        return tensor.pointer + tl.multiple_of(start + begin, [ALIGN, ALIGN]) + column
-    return tensor.pointer + (start + (begin + column.to(tl.int64)) * tensor.column)
+        offset = (start + begin) // ALIGN * ALIGN + column  # changes nothing, but shows the compiler a multiple
+    else:
+        offset = start + (begin + column.to(tl.int64)) * tensor.column
+    return tensor.pointer + offset
 
 
 @triton.jit
