@@ -43,14 +43,18 @@ def run(kind, tensors, backend, grads=("x", "weight", "bias", "residual"), **opt
     both = tensors["residual"] is not None
     eps = options.get("eps", 1e-5)
 
-    def spec(**kw):
-        y, summed = formula(**{"residual": None, **kw})
-        return (y, summed) if both else y
+    def spec(x, residual=None, **parameters):
+        if residual is None:
+            return formula(x=x, residual=None, **parameters)[0]
+        # s is rounded to x's dtype whatever the precision of the evaluation; its gradient is that of the sum.
+        exact = x + residual
+        s = exact + (exact.detach().to(tensors["x"].dtype).to(exact.dtype) - exact.detach())
+        return formula(x=s, residual=None, **parameters)[0], s
 
     grad_outputs = [torch.randn_like(tensors["x"]) for _ in range(1 + both)]
-    sizes = aten_sizes(tensors, grad_outputs, eps)
-    if backend == "cuda" and kind == "layer_norm":
-        del sizes["y"]  # its forward is ours, its backward ATen's
+    sizes = intermediates(kind, tensors, grad_outputs, eps)
+    if backend in ("torch", "cuda"):
+        sizes = {**aten_sizes(tensors, grad_outputs, eps), **({"y": sizes["y"]} if backend == "cuda" else {})}
     return check(
         lambda **kw: op(**kw, backend=backend),
         spec,
@@ -58,16 +62,28 @@ def run(kind, tensors, backend, grads=("x", "weight", "bias", "residual"), **opt
         grads=grads,
         names=("y", "summed") if both else ("y",),
         grad_outputs=grad_outputs,
-        sizes=sizes if backend in ("torch", "cuda") else None,
+        sizes=sizes,
         eps=eps,
     )
+
+
+def intermediates(kind, tensors, grad_outputs, eps):
+    """Sizes at which our kernels round: the mean at that of s, the weights' gradients at that of a sum over rows."""
+    s = tensors["x"].double() if tensors["residual"] is None else tensors["x"].double() + tensors["residual"].double()
+    centred = s - s.mean(-1, keepdim=True) if kind == "layer_norm" else s
+    rstd = (centred.square().mean(-1) + eps).rsqrt()
+    size = s.abs().amax(-1) * rstd
+    gain = 1.0 if tensors["weight"] is None else tensors["weight"].abs().max().item()
+    g = max(t.abs().max().item() for t in grad_outputs)
+    dx = g * gain * (rstd * size.clamp(min=1.0)).max().item()
+    total = g * rstd.numel()
+    size = size.max().item()
+    return {"y": size * gain, "dx": dx, "dresidual": dx, "dweight": total * size, "dbias": total}
 
 
 def aten_sizes(tensors, grad_outputs, eps):
     """Intermediates of ATen's layer norm: it folds the mean into multiply-adds (x * rstd - mean * rstd; in backward
     g * rstd + b * x + c with b of size g * x * rstd^3), so it rounds at their size and not at that of the result.
-
-    Our kernels subtract the mean first and get no such allowance.
     """
     x = tensors["x"].double() if tensors["residual"] is None else tensors["x"].double() + tensors["residual"].double()
     rstd = ((x - x.mean(-1, keepdim=True)).square().mean(-1) + eps).rsqrt().max().item()
@@ -173,6 +189,58 @@ def test_any_shape(rows, hidden, dtype, residual, parameters, scale, name, backe
     if not parameters:
         tensors.update(weight=None, bias=None)
     run(name, tensors, backend)
+
+
+# --- what kernels do with rows ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("shape", [(150, 24), (70, 100), (23, 1032), (3, 16640)], ids=_id)
+def test_more_rows_than_programs(kind, shape, residual, backend, device, poisoned):
+    """Rows that no tile size divides, over several rounds of every program; narrow, wide, and wider than registers."""
+    run(kind, inputs(shape, torch.float16, device, residual=residual), backend)
+
+
+@pytest.mark.parametrize("given", [("weight",), ("bias",)], ids=_id)
+@pytest.mark.parametrize("hidden", [40, 8200])
+def test_one_parameter(given, hidden, backend, device, poisoned):
+    tensors = inputs((5, hidden), torch.float32, device)
+    run("layer_norm", {n: t if n in given or n == "x" else None for n, t in tensors.items()}, backend)
+
+
+def test_more_programs_than_two_dimensions_of_a_grid_take(kind, backend, device):
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("Triton's interpreter takes minutes for as many programs")
+    skip_unless(norm._why_not(backend, torch.empty(1, device=device), None, kind))
+    x = torch.randn(70_000, 4096, dtype=torch.float16, device=device)
+    op = layer_norm if kind == "layer_norm" else rms_norm
+    parameters = (None, None) if kind == "layer_norm" else (None,)
+    rows = torch.tensor([0, 65_535, 65_536, 69_999], device=device)
+    y = op(x, *parameters, backend=backend)
+    torch.testing.assert_close(y[rows], op(x[rows], *parameters, backend="torch"), rtol=2e-3, atol=1e-4)
+
+
+def test_gradients_repeat_to_the_bit(kind, backend, device, poisoned):
+    tensors = inputs((37, 200), torch.bfloat16, device)
+    dout = torch.randn(37, 200, device=device).to(torch.bfloat16)
+    if kind == "rms_norm":
+        tensors.pop("bias")
+    tensors.pop("residual")
+    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"], kind))
+    op = layer_norm if kind == "layer_norm" else rms_norm
+    leaves = {n: t.requires_grad_() for n, t in tensors.items()}
+    first = torch.autograd.grad(op(**leaves, backend=backend), list(leaves.values()), dout)
+    for _ in range(3):
+        again = torch.autograd.grad(op(**leaves, backend=backend), list(leaves.values()), dout)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_kernels_take_no_fp64(kind, name):
+    if name == "triton":
+        pytest.importorskip("triton")
+    if (kind, name) != ("rms_norm", "cuda"):
+        assert "not torch.float64" in norm._why_not(name, X.double(), None, kind)
 
 
 # --- the plain path and the registered op ---------------------------------------------------------------------------
@@ -306,7 +374,7 @@ X, W = torch.randn(2, 8), torch.randn(8)
         (lambda: rms_norm(X, W, residual=X.half()), DtypeError, "residual must be float32"),
         (lambda: layer_norm(X, W.to("meta"), None), DeviceError, "weight must be on cpu like x, got meta"),
         (lambda: layer_norm(X, W, W, backend="tpu"), BackendError, "unknown backend 'tpu': expected one of cuda"),
-        (lambda: rms_norm(X, W, backend="triton"), BackendError, "rms_norm: backend 'triton' cannot run this call"),
+        (lambda: rms_norm(X.double(), W, backend="triton"), BackendError, "rms_norm: backend 'triton' cannot run this"),
     ],
 )
 def test_mistakes_are_named(call, error, message):

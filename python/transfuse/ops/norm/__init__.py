@@ -164,15 +164,20 @@ def _implementation(backend: str) -> ModuleType:
         from transfuse.ops.norm import cuda_impl
 
         return cuda_impl
+    if backend == "triton":
+        from transfuse.ops.norm import triton_impl
+
+        return triton_impl
     return torch_impl
 
 
 def _why_not(backend: str, x: torch.Tensor, weight: torch.Tensor | None, op: str = "layer_norm") -> str | None:
     if backend in ("torch", "reference"):
         return None
-    if backend == "triton" or (backend == "cuda" and op == "rms_norm"):
+    if backend == "cuda" and op == "rms_norm":
         return f"there is no {backend} kernel for {op} (use backend='torch')"
-    return _implementation(backend).why_not(x, weight)
+    reason: str | None = _implementation(backend).why_not(x, weight)
+    return reason
 
 
 # --- transfuse::layer_norm ------------------------------------------------------------------------------------------

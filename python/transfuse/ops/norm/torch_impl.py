@@ -22,18 +22,18 @@ def layer_norm(
     """(y, s) with s = x + residual; x: (..., hidden)."""
     summed = x if residual is None else x + residual
     hidden = summed.shape[-1:]
-    if _aten_is_exact(x, weight, bias):
+    if _aten_is_exact(summed, weight, bias):
         return F.layer_norm(summed, hidden, weight, bias, eps), summed
     return F.layer_norm(_wide(summed), hidden, _wide(weight), _wide(bias), eps).to(x.dtype), summed
 
 
 def _aten_is_exact(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> bool:
-    """Whether ATen's kernel takes these dtypes and rounds once. On a CPU its low-precision backward sums the weights'
-    gradients in low precision, even into fp32 weights; elsewhere it does not mix dtypes."""
+    """Whether ATen's kernel takes these dtypes and rounds once. On a CPU its low-precision backward reads statistics of
+    low precision and sums the weights' gradients in it, even into fp32 weights; elsewhere it does not mix dtypes."""
     if x.dtype in (torch.float32, torch.float64):
         return True
     if x.device.type == "cpu":
-        learning = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (weight, bias))
+        learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
         return not learning
     return all(p is None or p.dtype == x.dtype for p in (weight, bias))
 

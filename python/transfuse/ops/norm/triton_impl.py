@@ -1,0 +1,279 @@
+"""Layer norm and RMS norm on the kernels of ``triton_kernels``: outputs, tiles, launches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from transfuse.ops._triton import INTERPRETED, launch
+from transfuse.ops._tuning import tuned
+from transfuse.ops.norm import triton_kernels
+from transfuse.ops.norm.rows import packed, row_strided
+from transfuse.ops.norm.triton_kernels import Rows
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WIDEST = 2**30  # columns are counted in 32 bits
+
+
+class Tiles(NamedTuple):
+    """What a program holds at a time, its warps, and (in backward) how many programs share a multiprocessor."""
+
+    ROWS: int
+    COLUMNS: int
+    num_warps: int
+    programs: int = 1
+
+
+def why_not(x: torch.Tensor, weight: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot take these (validated) arguments, or None."""
+    if x.dtype not in _DTYPES:
+        return f"the Triton kernel takes float32, float16 or bfloat16, not {x.dtype} (use backend='torch')"
+    if x.shape[-1] > _WIDEST:
+        return f"the Triton kernel takes rows of up to {_WIDEST} columns, not {x.shape[-1]} (use backend='torch')"
+    return None
+
+
+def layer_norm_forward(
+    x: torch.Tensor,  # (..., N)
+    weight: torch.Tensor | None,  # (N,)
+    bias: torch.Tensor | None,  # (N,)
+    eps: float,
+    residual: torch.Tensor | None,  # (..., N)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, s, mean, rstd): y and s contiguous, s empty without a residual, statistics fp32 of shape x.shape[:-1]."""
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    y, summed, rstd = _forward(x, weight, bias, eps, residual, mean)
+    return y, summed, mean, rstd
+
+
+def rms_norm_forward(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, s, rstd) as layer_norm_forward."""
+    return _forward(x, weight, None, eps, residual, None)
+
+
+def layer_norm_backward(
+    dout: torch.Tensor,  # (..., N)
+    dsummed: torch.Tensor | None,  # (..., N)
+    summed: torch.Tensor,  # (..., N)
+    weight: torch.Tensor | None,  # (N,)
+    bias: torch.Tensor | None,  # (N,)
+    mean: torch.Tensor,  # (...)
+    rstd: torch.Tensor,  # (...)
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, dweight, dbias); dx serves x and the residual alike, an absent parameter's gradient is empty."""
+    return _backward(dout, dsummed, summed, weight, bias, mean, rstd)
+
+
+def rms_norm_backward(
+    dout: torch.Tensor,
+    dsummed: torch.Tensor | None,
+    summed: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dx, dweight) as layer_norm_backward."""
+    dx, dweight, _ = _backward(dout, dsummed, summed, weight, None, None, rstd)
+    return dx, dweight
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, s, rstd); the mean is taken, subtracted and written where there is a tensor for it."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    summed = x.new_empty(0) if residual is None else torch.empty_like(y)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    M, N = rstd.numel(), x.shape[-1]
+    if N == 0:
+        return y, summed, rstd.fill_(math.nan)
+    rows = [_rows(t, N) for t in (x, residual)]
+    outputs = [Rows(y, N), Rows(None if residual is None else summed, N)]
+    tensors = (*rows, packed(weight), packed(bias), *outputs, mean, rstd)
+    align = math.gcd(16, N, *(r.stride for r in rows))
+
+    def run(tiles: Tiles) -> None:
+        options: dict[str, Any] = {
+            "device": x.device,
+            "num_warps": tiles.num_warps,
+            "COLUMNS": tiles.COLUMNS,
+            "ALIGN": align,
+        }
+        if tiles.COLUMNS < N:
+            launch(triton_kernels.norm_forward_loop, M, *tensors, N, eps, **options)
+        else:
+            launch(
+                triton_kernels.norm_forward_rows,
+                triton.cdiv(M, tiles.ROWS),
+                *tensors,
+                M,
+                N,
+                eps,
+                ROWS=tiles.ROWS,
+                **options,
+            )
+
+    tiles = forward_tiles(N)
+    key = (tiles.COLUMNS, x.dtype, residual is None, mean is None)
+    tuned("norm_forward", key, tiles, _alternatives(tiles), run, x.device)
+    return y, summed, rstd
+
+
+def _backward(
+    dout: torch.Tensor,
+    dsummed: torch.Tensor | None,
+    summed: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    M, N = rstd.numel(), summed.shape[-1]
+    dx = torch.empty_like(summed, memory_format=torch.contiguous_format)
+    dweight, dbias = (summed.new_empty(0) if t is None else torch.empty_like(t) for t in (weight, bias))
+    if N == 0:
+        return dx, dweight, dbias
+    rows = [_rows(t, N) for t in (dout, dsummed, summed)]
+    statistics = (packed(mean), rstd.contiguous())
+    gradients = (None if weight is None else dweight, None if bias is None else dbias)
+    align = math.gcd(16, N, *(r.stride for r in rows))
+
+    def run(tiles: Tiles) -> None:
+        options: dict[str, Any] = {
+            "device": summed.device,
+            "num_warps": tiles.num_warps,
+            "COLUMNS": tiles.COLUMNS,
+            "ALIGN": align,
+        }
+        if tiles.COLUMNS < N:
+            launch(
+                triton_kernels.norm_backward_loop, M, *rows, packed(weight), *statistics, Rows(dx, N), M, N, **options
+            )
+            _weight_gradients_apart(rows[0], rows[2], *statistics, gradients, M, N, align, summed.device)
+            return
+        groups = min(triton.cdiv(M, tiles.ROWS), tiles.programs * _multiprocessors(summed.device))
+        partials = _partials(gradients, groups, N)
+        tensors = (*rows, packed(weight), *statistics, Rows(dx, N), *partials)
+        launch(triton_kernels.norm_backward_rows, groups, *tensors, M, N, ROWS=tiles.ROWS, **options)
+        _sum(partials, gradients, groups, N, summed.device)
+
+    tiles = backward_tiles(N)
+    key = (tiles.COLUMNS, summed.dtype, dsummed is None, mean is None)
+    tuned("norm_backward", key, tiles, _alternatives(tiles), run, summed.device)
+    return dx, dweight, dbias
+
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of weight and bias, (N,) or (groups, N); None where the parameter is absent."""
+
+
+def _weight_gradients_apart(
+    dout: Rows,
+    summed: Rows,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    gradients: Gradients,
+    M: int,
+    N: int,
+    align: int,
+    device: torch.device,
+) -> None:
+    """The weights' gradients of rows too wide to be summed beside ds: a second read, in blocks of columns."""
+    if gradients == (None, None):
+        return
+    rows, columns = 2, 2048  # 16 elements a thread, as in backward_tiles
+    blocks = triton.cdiv(N, columns)
+    groups = max(1, min(triton.cdiv(M, rows), 4 * _multiprocessors(device) // blocks))
+    partials = _partials(gradients, groups, N)
+    sizes: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "ALIGN": align}
+    launch(
+        triton_kernels.norm_weight_partials, groups * blocks, dout, summed, mean, rstd, *partials, M, N, groups,
+        device=device, num_warps=8, **sizes,
+    )  # fmt: skip
+    _sum(partials, gradients, groups, N, device)
+
+
+def _partials(gradients: Gradients, groups: int, N: int) -> Gradients:
+    first, second = (None if g is None else g.new_empty(groups, N, dtype=torch.float32) for g in gradients)
+    return first, second
+
+
+def _sum(partials: Gradients, gradients: Gradients, groups: int, N: int, device: torch.device) -> None:
+    if gradients == (None, None):
+        return
+    # Few columns and many rows a program: there are hundreds of rows, and only as many programs as blocks of columns.
+    rows = 256 if groups > 32 else 32 if groups > 4 else 4
+    columns = _TILE // rows
+    launch(
+        triton_kernels.norm_weight_sums, triton.cdiv(N, columns), *partials, *gradients, groups, N,
+        device=device, num_warps=4, ROWS=rows, COLUMNS=columns,
+    )  # fmt: skip
+
+
+def _rows(t: torch.Tensor | None, N: int) -> Rows:
+    if t is None:
+        return Rows(None, 0)
+    t = row_strided(t)
+    return Rows(t, N if t.is_contiguous() else t.stride(0))
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------------
+
+_RESIDENT_FORWARD = 16384
+_RESIDENT_BACKWARD = 8192
+_TILE = 4096  # elements
+
+
+def forward_tiles(N: int) -> Tiles:
+    """4096 elements by 128 threads: 64 bytes of bf16 a thread in flight, and room for 8 such programs on an SM.
+
+    One row that is wider than half of that takes more warps instead of more rows, at 16 elements a thread; 16384
+    columns take 32 a thread, since 1024 threads have 64 registers each and reductions over them two more steps.
+    """
+    columns = _columns(N)
+    if columns > _RESIDENT_FORWARD:
+        return Tiles(1, 8192, 16)
+    warps = 4 if columns <= 2048 else min(columns // 512, 16)
+    return Tiles(max(1, _TILE // columns), columns, warps)
+
+
+def backward_tiles(N: int) -> Tiles:
+    """16 elements a thread: with s, dy, the next s and dy and two sums in registers that is what 128 of them hold.
+
+    Two programs of 256 threads (one of 512 for 8192 columns) then fill an SM's registers, with 32 KB of bf16 coming in
+    at any time; more programs would only add rows of partial sums.
+    """
+    columns = _columns(N)
+    if columns > _RESIDENT_BACKWARD:
+        return Tiles(1, 4096, 8)
+    rows = max(1, _TILE // columns)
+    return Tiles(rows, columns, rows * columns // 512, programs=2 if columns <= _TILE else 1)
+
+
+def _columns(N: int) -> int:
+    return max(16, triton.next_power_of_2(N))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 if INTERPRETED else 132  # in the interpreter few, so that small inputs have several tiles a program
+
+
+def _alternatives(tiles: Tiles) -> list[Tiles]:
+    """What else may be worth measuring: fewer or more rows a program, and programs a multiprocessor."""
+    if tiles.COLUMNS >= _TILE:
+        return [tiles, tiles._replace(num_warps=min(2 * tiles.num_warps, 32))]
+    other = [tiles._replace(ROWS=rows) for rows in (max(1, tiles.ROWS // 2), 2 * tiles.ROWS)]
+    return [tiles, *other, tiles._replace(programs=2 * tiles.programs)]
