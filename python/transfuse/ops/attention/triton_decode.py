@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from transfuse.ops._triton import dot, kept, launch, precision
+from transfuse.ops._triton import dot, kept, launch, precision, rounded
 from transfuse.ops._tuning import tuned
 from transfuse.ops.attention.triton_scores import (
     LN2,
@@ -47,7 +47,7 @@ from transfuse.ops.attention.variant import Variant
 MOST_ROWS = 128
 """heads / kv_heads * q_len up to here go split; beyond, programs of other queries fill the GPU."""
 MOST_SPLITS = 128
-_TILE_ROWS = 64
+_FORWARD_ROWS = 64  # of one program of the kernel for many queries
 _PROGRAMS_PER_SM = 2  # what the tiles' shared memory admits; the second loads while the first computes
 
 
@@ -165,7 +165,7 @@ def _attend(  # type: ignore[no-untyped-def]
         if seed is not None:
             p = tl.where(kept(seed, row, j0, threshold, BLOCK_N), p, 0.0)
         v_tile = _keys(v, b, kv_head, j, stop, V_DIM, BLOCK_DV)
-        acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
+        acc = dot(rounded(p, v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
         m = m_new
 
     if sinks.pointer is not None:
@@ -182,7 +182,7 @@ def _attend(  # type: ignore[no-untyped-def]
     dv = tl.arange(0, BLOCK_DV)[None, :]
     stored = inside[:, None] & (dv < V_DIM)
     if partial.out is None:
-        tl.store(out + row[:, None] * V_DIM + dv, acc.to(out.dtype.element_ty), mask=stored)
+        tl.store(out + row[:, None] * V_DIM + dv, rounded(acc, out.dtype.element_ty), mask=stored)
         tl.store(lse + row, m * LN2 + tl.log(some), mask=inside)
     else:
         place = split.to(tl.int64) * rows + row
@@ -231,7 +231,7 @@ def _combine(  # type: ignore[no-untyped-def]
         inside = (s < splits)[:, None] & (dv < V_DIM)[None, :]
         o = tl.load(partial.out + one[:, None] * V_DIM + dv[None, :], mask=inside, other=0.0)  # [BLOCK_S, BLOCK_DV]
         acc += tl.sum(w[:, None] * o, 0)
-    tl.store(out + row * V_DIM + dv, (acc / some).to(out.dtype.element_ty), mask=dv < V_DIM)
+    tl.store(out + row * V_DIM + dv, rounded(acc / some, out.dtype.element_ty), mask=dv < V_DIM)
     tl.store(lse + row, m * LN2 + tl.log(some))
 
 
@@ -335,13 +335,16 @@ def _launch_combine(partial: Partial, sinks: Strided, out: torch.Tensor, lse: to
 
 
 def decode_tiles(group_rows: int, k_len: int, dtype: torch.dtype, dim: int) -> Tiles:
-    """Tiles of _attend. Reading keys is what it waits for, so: few rows, and enough keys under way at once.
+    """Tiles of _attend, which mostly waits for keys: enough of them under way, and what is computed kept in registers.
 
-    BLOCK_M: the rows there are, 16 at least as tensor cores multiply no fewer. BLOCK_N: two stages of keys and values
-    of at most 64 KiB, so that two programs share an SM; fewer where the cache is smaller. Four warps issue these loads.
+    BLOCK_N: two stages of keys and values in at most 64 KiB, so that two programs share an SM. BLOCK_M: the rows there
+    are; not more than fit beside the accumulator, as q stays in registers too, in fp32 as three tf32 parts. Other tiles
+    of rows read the same keys from L2. Four warps issue the loads; eight share the registers of the widest heads.
     """
-    keys = min(max((1 << 15) // (2 * block_d(dim) * dtype.itemsize), 16), 64)
-    return capped(Tiles(_TILE_ROWS, keys, num_warps=4, num_stages=2), group_rows, k_len)
+    width, wide = block_d(dim), dtype.itemsize == 4
+    rows = (32 if width <= 64 else 16) if wide else (64 if width <= 64 else 32)
+    keys = min(max((1 << 15) // (2 * width * dtype.itemsize), 16), 32 if wide else 64)
+    return capped(Tiles(rows, keys, num_warps=4 if width <= 128 else 8, num_stages=2), group_rows, k_len)
 
 
 def candidates(chosen: Tiles) -> list[Tiles]:
@@ -387,6 +390,11 @@ def choose_splits(programs: int, key_tiles: int, fewest_tiles: int, slots: int) 
     return next(n for n, taken in enumerate(steps, 1) if taken <= enough)
 
 
+def few_rows(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether the queries that share a key head are few enough for decode_forward."""
+    return k.shape[1] == 0 or q.shape[1] // k.shape[1] * q.shape[2] <= MOST_ROWS
+
+
 def use_splits(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether a dense call of these shapes should come here instead of to the kernel for many queries.
 
@@ -395,7 +403,7 @@ def use_splits(q: torch.Tensor, k: torch.Tensor) -> bool:
     """
     batch, heads, q_len, _ = q.shape
     kv_heads, k_len = k.shape[1], k.shape[2]
-    if kv_heads == 0 or heads // kv_heads * q_len > MOST_ROWS or k_len < 128:
+    if not few_rows(q, k) or k_len < 128:
         return False
-    unsplit = batch * heads * triton.cdiv(q_len, _TILE_ROWS)
+    unsplit = batch * heads * triton.cdiv(q_len, _FORWARD_ROWS)
     return (heads > kv_heads and q_len <= 16) or 2 * unsplit < _PROGRAMS_PER_SM * processors(q.device)

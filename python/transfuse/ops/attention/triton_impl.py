@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from transfuse.ops.attention import triton_backward, triton_forward
+from transfuse.ops.attention import triton_backward, triton_decode, triton_forward
 from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.triton_scores import Lengths
 from transfuse.ops.attention.variant import Variant
@@ -28,6 +28,8 @@ def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); seed: int64 (2,), read under dropout."""
+    if triton_decode.use_splits(q, k):
+        return triton_decode.decode_forward(q, k, v, variant, seed)
     return triton_forward.forward(q, k, v, variant, seed, Lengths(), q.shape[2], k.shape[2])
 
 
@@ -103,6 +105,21 @@ def attention_varlen_backward(
         max_k,
     )
     return unpacked(dq), unpacked(dk), unpacked(dv), *others  # type: ignore[return-value]
+
+
+def attention_decode_forward(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    variant: Variant,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out (batch, heads, q_len, v_head_dim), lse (batch, heads, q_len))."""
+    if triton_decode.few_rows(q, k_cache):
+        return triton_decode.decode_forward(q, k_cache, v_cache, variant, seed, cache_lengths)
+    lengths = Lengths(k_lengths=cache_lengths)
+    return triton_forward.forward(q, k_cache, v_cache, variant, seed, lengths, q.shape[2], k_cache.shape[2])
 
 
 def attention_decode_backward(
