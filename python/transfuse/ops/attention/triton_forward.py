@@ -2,7 +2,7 @@
 
 With s_ij as in ``triton_scores`` (base 2) and m, l, acc over the keys seen so far (FlashAttention-2, Dao 2023):
 
-    m' = max(m, max_j s_ij)     p_ij = 2^(s_ij - m')     l' = l 2^(m - m') + sum_j p_ij
+    m' = max(m, max_j s_ij)     p_ij = 2^(s_ij - m')     l' = l 2^(m - m') + sum_j p_ij        (l: total)
     acc' = acc 2^(m - m') + (D p) V                      out = acc / l      lse = (m + log2 l) ln 2
 
 One program owns BLOCK_M queries of one head: q [BLOCK_M, BLOCK_D] stays, k [BLOCK_N, BLOCK_D] and v [BLOCK_N, BLOCK_DV]
@@ -31,7 +31,6 @@ from transfuse.ops.attention.triton_scores import (
     LN2,
     LOG2E,
     Lengths,
-    Strided,
     first_position,
     inner_key_range,
     k_span,
@@ -53,7 +52,7 @@ _SHARED_KEYS = 16 << 20
 
 @triton.jit
 def rows_of(t, b, h, i, end, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """t[b, h, i, :COLUMNS] as [len(i), BLOCK], with 0 beyond ``end`` and COLUMNS. i: [len(i), 1]. ALL: none is beyond."""
+    """t[b, h, i, :COLUMNS] as [len(i), BLOCK], 0 beyond ``end`` and COLUMNS. i: [len(i), 1]. ALL: no i is beyond."""
     column = tl.arange(0, BLOCK)[None, :]
     pointers = tile(t, b, h, i, column)
     if ALL and COLUMNS == BLOCK:
@@ -106,12 +105,12 @@ def attention_forward(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    PLAIN: tl.constexpr,  # scores are scale * q.k with scale >= 0, where positions hide none
 ):
     b, h, i_low = _place(q_len, heads, count, section, BLOCK_M)
     q_begin, q_rows = q_span(lengths, b, q_len)
-    if lengths.q_starts is not None:
-        if i_low >= q_rows:
-            return
+    if i_low >= q_rows:  # of a short sequence
+        return
     k_begin, k_rows = k_span(lengths, b, k_len)
     first = first_position(rule, q_rows, k_rows)
     i = i_low + tl.arange(0, BLOCK_M)
@@ -130,27 +129,31 @@ def attention_forward(  # type: ignore[no-untyped-def]
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     row = (tl.cast(b, tl.int64) * heads + h) * q_len + i  # as dropout counts them
     for part in tl.static_range(3):
-        EDGE: tl.constexpr = part != 1
         if part > 0 or rule.left is not None:
             for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)
                 at = k_begin + j[:, None]
-                k_tile = rows_of(k, b, h // group, at, k_begin + k_rows, HEAD_DIM, BLOCK_D, not EDGE)
+                k_tile = rows_of(k, b, h // group, at, k_begin + k_rows, HEAD_DIM, BLOCK_D, part == 1)
                 # S = Q @ K.T [BLOCK_M, BLOCK_N]
                 dots = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-                s, _ = scores(dots, i[:, None], j[None, :], b, h, first, q_rows, k_rows, mask, bias, slope, rule, EDGE)
-                m_next = tl.maximum(m, tl.max(s, 1))
+                s, _ = scores(
+                    dots, i[:, None], j[None, :], b, h, first, q_rows, k_rows, mask, bias, slope, rule, part != 1
+                )
+                if part == 1 and PLAIN:  # the largest score is that of the largest product: one less a score
+                    m_next = tl.maximum(m, tl.max(dots, 1) * (rule.scale * LOG2E))
+                else:
+                    m_next = tl.maximum(m, tl.max(s, 1))
                 # A row that has seen nothing has m = -inf, and -inf - -inf would be NaN.
                 finite = tl.where(m_next == float("-inf"), 0.0, m_next)
                 p = tl.exp2(s - finite[:, None])
                 shrink = tl.exp2(m - finite)
-                l = l * shrink + tl.sum(p, 1)
+                total = total * shrink + tl.sum(p, 1)
                 if seed is not None:
                     p = tl.where(kept(seed, row, start, threshold, BLOCK_N), p, 0.0)
-                v_tile = rows_of(v, b, h // group, at, k_begin + k_rows, V_DIM, BLOCK_DV, not EDGE)
+                v_tile = rows_of(v, b, h // group, at, k_begin + k_rows, V_DIM, BLOCK_DV, part == 1)
                 # O += P @ V [BLOCK_M, BLOCK_DV]
                 acc = dot(rounded(p, v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
                 m = m_next
@@ -161,12 +164,12 @@ def attention_forward(  # type: ignore[no-untyped-def]
         m_next = tl.maximum(m, sink)
         finite = tl.where(m_next == float("-inf"), 0.0, m_next)
         shrink = tl.exp2(m - finite)
-        l = l * shrink + tl.exp2(sink - finite)
+        total = total * shrink + tl.exp2(sink - finite)
         acc = acc * shrink[:, None]
         m = m_next
-    nothing = l == 0.0
-    l = tl.where(nothing, 1.0, l)
-    acc = acc * (grow / l)[:, None]
+    nothing = total == 0.0
+    total = tl.where(nothing, 1.0, total)
+    acc = acc * (grow / total)[:, None]
     column = tl.arange(0, BLOCK_DV)[None, :]
     inside = i < q_rows
     tl.store(
@@ -174,7 +177,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
         rounded(acc, out.pointer.dtype.element_ty),
         mask=inside[:, None] & (column < V_DIM),
     )
-    natural = tl.where(nothing, float("-inf"), (m + tl.log2(l)) * LN2)
+    natural = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * LN2)
     tl.store(tile(lse, b, h, q_begin + i, i * 0), natural, mask=inside)
 
 
@@ -281,6 +284,7 @@ def forward(
             BLOCK_D=block_d(head_dim),
             BLOCK_DV=block_d(v_dim),
             PRECISION=precision(q.dtype),
+            PLAIN=variant.scale >= 0 and variant.softcap == 0 and variant[:3] == (None, None, None),
         )
 
     key, tiles = forward_tiles(q, v, variant, max_q, max_k)

@@ -179,25 +179,26 @@ def scores(dots, i, j, b, h, first, q_len, k_len, mask, bias, slope, rule, EDGE:
         mask, bias: Strided. slope: fp32 scalar, or None.
         EDGE: whether the window or k_len may hide keys of this tile; rows beyond q_len hold no meaning.
     """
-    x = dots * rule.scale
+    # Scalars take log2 e in, so that a plain score costs one product.
     through = 1.0
     if rule.softcap is not None:
-        t = tanh(x / rule.softcap)
-        x = rule.softcap * t
+        t = tanh(dots * (rule.scale / rule.softcap))
+        s = t * (rule.softcap * LOG2E)
         through = 1.0 - t * t
+    else:
+        s = dots * (rule.scale * LOG2E)
     # Rows beyond q_len read the last row's mask and bias instead of being masked: such loads stay whole vectors.
     i_inside = tl.minimum(i, q_len - 1)
     if bias.pointer is not None:
         if EDGE:
-            x += tl.load(tile(bias, b, h, i_inside, j), mask=(i_inside >= 0) & (j < k_len), other=0.0).to(tl.float32)
+            more = tl.load(tile(bias, b, h, i_inside, j), mask=(i_inside >= 0) & (j < k_len), other=0.0).to(tl.float32)
         else:
-            x += tl.load(tile(bias, b, h, i_inside, j)).to(tl.float32)
-    if slope is not None:
-        x -= slope * tl.abs(first + i - j).to(tl.float32)
-    s = x * LOG2E
-    if bias.pointer is not None:
+            more = tl.load(tile(bias, b, h, i_inside, j)).to(tl.float32)
         # finfo.min is a number and not -inf: a row of nothing else is the mean of its values.
-        s = tl.where((s < _LOWEST) & (x >= _LOWEST), _LOWEST, s)
+        s += more * LOG2E
+        s = tl.where((s < _LOWEST) & (more >= _LOWEST), _LOWEST, s)
+    if slope is not None:
+        s -= (slope * LOG2E) * tl.abs(first + i - j).to(tl.float32)
     if EDGE:
         seen = (j < k_len) & (i >= 0)
         if rule.left is not None:
