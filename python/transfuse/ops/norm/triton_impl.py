@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from transfuse.ops._triton import INTERPRETED, launch
+from transfuse.ops._triton import INTERPRETED, launch, multiprocessors
 from transfuse.ops._tuning import tuned
 from transfuse.ops.norm import triton_kernels
 from transfuse.ops.norm.rows import packed, row_strided
@@ -111,14 +111,14 @@ def _forward(
             "ALIGN": align,
         }
         if tiles.COLUMNS < N:
-            launch(triton_kernels.norm_forward_loop, M, *tensors, N, eps, **options)
+            launch(triton_kernels.norm_forward_loop, M, *tensors, N // align, eps, **options)
         else:
             launch(
                 triton_kernels.norm_forward_rows,
                 triton.cdiv(M, tiles.ROWS),
                 *tensors,
                 M,
-                N,
+                N // align,
                 eps,
                 ROWS=tiles.ROWS,
                 **options,
@@ -158,15 +158,23 @@ def _backward(
         }
         if tiles.COLUMNS < N:
             launch(
-                triton_kernels.norm_backward_loop, M, *rows, packed(weight), *statistics, Rows(dx, N), M, N, **options
+                triton_kernels.norm_backward_loop,
+                M,
+                *rows,
+                packed(weight),
+                *statistics,
+                Rows(dx, N),
+                M,
+                N // align,
+                **options,
             )
             _weight_gradients_apart(rows[0], rows[2], *statistics, gradients, M, N, align, summed.device)
             return
         groups = min(triton.cdiv(M, tiles.ROWS), tiles.programs * _multiprocessors(summed.device))
         partials = _partials(gradients, groups, N)
         tensors = (*rows, packed(weight), *statistics, Rows(dx, N), *partials)
-        launch(triton_kernels.norm_backward_rows, groups, *tensors, M, N, ROWS=tiles.ROWS, **options)
-        _sum(partials, gradients, groups, N, summed.device)
+        launch(triton_kernels.norm_backward_rows, groups, *tensors, M, N // align, ROWS=tiles.ROWS, **options)
+        _sum(partials, gradients, groups, N, align, summed.device)
 
     tiles = backward_tiles(N)
     key = (tiles.COLUMNS, summed.dtype, dsummed is None, mean is None)
@@ -198,10 +206,10 @@ def _weight_gradients_apart(
     partials = _partials(gradients, groups, N)
     sizes: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns, "ALIGN": align}
     launch(
-        triton_kernels.norm_weight_partials, groups * blocks, dout, summed, mean, rstd, *partials, M, N, groups,
-        device=device, num_warps=8, **sizes,
+        triton_kernels.norm_weight_partials, groups * blocks, dout, summed, mean, rstd, *partials, M, N // align,
+        groups, device=device, num_warps=8, **sizes,
     )  # fmt: skip
-    _sum(partials, gradients, groups, N, device)
+    _sum(partials, gradients, groups, N, align, device)
 
 
 def _partials(gradients: Gradients, groups: int, N: int) -> Gradients:
@@ -209,15 +217,15 @@ def _partials(gradients: Gradients, groups: int, N: int) -> Gradients:
     return first, second
 
 
-def _sum(partials: Gradients, gradients: Gradients, groups: int, N: int, device: torch.device) -> None:
+def _sum(partials: Gradients, gradients: Gradients, groups: int, N: int, align: int, device: torch.device) -> None:
     if gradients == (None, None):
         return
     # Few columns and many rows a program: there are hundreds of rows, and only as many programs as blocks of columns.
     rows = 256 if groups > 32 else 32 if groups > 4 else 4
     columns = _TILE // rows
     launch(
-        triton_kernels.norm_weight_sums, triton.cdiv(N, columns), *partials, *gradients, groups, N,
-        device=device, num_warps=4, ROWS=rows, COLUMNS=columns,
+        triton_kernels.norm_weight_sums, triton.cdiv(N, columns), *partials, *gradients, groups, N // align,
+        device=device, num_warps=4, ROWS=rows, COLUMNS=columns, ALIGN=align,
     )  # fmt: skip
 
 
@@ -266,9 +274,7 @@ def _columns(N: int) -> int:
 
 
 def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 2 if INTERPRETED else 132  # in the interpreter few, so that small inputs have several tiles a program
+    return 2 if INTERPRETED else multiprocessors(device)  # few, so that small inputs have several tiles a program
 
 
 def _alternatives(tiles: Tiles) -> list[Tiles]:

@@ -17,7 +17,8 @@ dweight = sum dy * n,  dbias = sum dy.  RMS norm has no mean(g).
     norm_weight_sums      a program owns COLUMNS columns and sums the G rows of partial sums
 
 Saved for backward: s, mean, rstd (fp32). No atomics: G and every order depend on shapes and on the GPU's size alone.
-The launchers guarantee contiguous columns; ALIGN divides N and every row stride; outputs overlap nothing; N > 0.
+The launchers guarantee contiguous columns; N = packs * ALIGN > 0 and ALIGN divides every row stride (Triton would see
+multiples of 16 alone, and 16-byte accesses need multiples of 4 or 8); outputs overlap nothing.
 """
 
 from __future__ import annotations
@@ -75,12 +76,12 @@ def _store_normalised(y, normed, weight, bias, row, column, inside, N, ALIGN: tl
     tl.store(_at(y, row, column, ALIGN), rounded(normed, y.pointer.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "N", "eps"])
+@triton.jit(do_not_specialize=["M", "packs", "eps"])
 def norm_forward_rows(  # type: ignore[no-untyped-def]
-    x, residual, weight, bias, y, summed, mean, rstd, M, N, eps,
+    x, residual, weight, bias, y, summed, mean, rstd, M, packs, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    N = tl.multiple_of(N, ALIGN)
+    N = packs * ALIGN
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < M)[:, None] & (column < N)[None, :]
@@ -94,12 +95,12 @@ def norm_forward_rows(  # type: ignore[no-untyped-def]
     _store_normalised(y, s * scale[:, None], weight, bias, row, column, inside, N, ALIGN)
 
 
-@triton.jit(do_not_specialize=["N", "eps"])
+@triton.jit(do_not_specialize=["packs", "eps"])
 def norm_forward_loop(  # type: ignore[no-untyped-def]
-    x, residual, weight, bias, y, summed, mean, rstd, N, eps,
+    x, residual, weight, bias, y, summed, mean, rstd, packs, eps,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    N = tl.multiple_of(N, ALIGN)
+    N = packs * ALIGN
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     centre = tl.zeros([1], tl.float32)
     squares = tl.zeros([1], tl.float32)
@@ -183,12 +184,12 @@ def _store_partial(partial, total, group, column, N):  # type: ignore[no-untyped
     tl.store(partial + group.to(tl.int64) * N + column, tl.sum(total, 0), mask=column < N)
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "packs"])
 def norm_backward_rows(  # type: ignore[no-untyped-def]
-    dout, dsummed, summed, weight, mean, rstd, dx, dweight, dbias, M, N,
+    dout, dsummed, summed, weight, mean, rstd, dx, dweight, dbias, M, packs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    N = tl.multiple_of(N, ALIGN)
+    N = packs * ALIGN
     group, groups = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, COLUMNS)
     # [ROWS, COLUMNS] and not [COLUMNS]: the sum over rows, which crosses threads, is then made once and not every tile.
@@ -215,12 +216,12 @@ def norm_backward_rows(  # type: ignore[no-untyped-def]
         _store_partial(dbias, dbias_sum, group, column, N)
 
 
-@triton.jit(do_not_specialize=["M", "N"])
+@triton.jit(do_not_specialize=["M", "packs"])
 def norm_backward_loop(  # type: ignore[no-untyped-def]
-    dout, dsummed, summed, weight, mean, rstd, dx, M, N,
+    dout, dsummed, summed, weight, mean, rstd, dx, M, packs,
     COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    N = tl.multiple_of(N, ALIGN)
+    N = packs * ALIGN
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     sums_g = tl.zeros([1, COLUMNS], tl.float32)
     sums_gn = tl.zeros([1, COLUMNS], tl.float32)
@@ -239,12 +240,12 @@ def norm_backward_loop(  # type: ignore[no-untyped-def]
         _store_ds(dx, dsummed, g, _normed(s, centre, scale), sum_g, sum_gn, scale, row, column, M, N, ALIGN)
 
 
-@triton.jit(do_not_specialize=["M", "N", "groups"])
+@triton.jit(do_not_specialize=["M", "packs", "groups"])
 def norm_weight_partials(  # type: ignore[no-untyped-def]
-    dout, summed, mean, rstd, dweight, dbias, M, N, groups,
+    dout, summed, mean, rstd, dweight, dbias, M, packs, groups,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    N = tl.multiple_of(N, ALIGN)
+    N = packs * ALIGN
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     dweight_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -263,11 +264,12 @@ def norm_weight_partials(  # type: ignore[no-untyped-def]
         _store_partial(dbias, dbias_sum, group, column, N)
 
 
-@triton.jit(do_not_specialize=["N", "groups"])
+@triton.jit(do_not_specialize=["packs", "groups"])
 def norm_weight_sums(  # type: ignore[no-untyped-def]
-    dweight_partial, dbias_partial, dweight, dbias, groups, N,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    dweight_partial, dbias_partial, dweight, dbias, groups, packs,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    N = packs * ALIGN
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if dweight is not None:
         _sum_partials(dweight_partial, dweight, groups, column, N, ROWS)
