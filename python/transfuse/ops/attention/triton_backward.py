@@ -41,6 +41,7 @@ from transfuse.ops.attention.triton_gradients import (
     like,
     make_call,
     statistics_of,
+    tile_at,
     zeros,
 )
 from transfuse.ops.attention.triton_scores import (
@@ -140,45 +141,45 @@ def attention_backward_dkdv(  # type: ignore[no-untyped-def]
     inner_low, inner_high = inner_query_range(j_low, j_high, first, q_length, rule)
     # Keys beyond the last are hidden by masks alone.
     inner_high = tl.where(j_low + BLOCK_N <= k_length, inner_high, 0)
-    start, inner_start, inner_end, end = cut(low, tl.where(j_low < k_length, high, 0), inner_low, inner_high, BLOCK_M)
+    high = tl.where(j_low < k_length, high, 0)
+    start, before, inner, edges = cut(low, high, inner_low, inner_high, BLOCK_M)
 
-    for member in range(group):
-        h = kv_head * group + member
-        slope = None
-        if inputs.slopes.pointer is not None:
-            slope = of_head(inputs.slopes, b, h)
-        for part in tl.static_range(3):
-            EDGE: tl.constexpr = part != 1
-            part_low = start if part == 0 else (inner_start if part == 1 else inner_end)
-            part_high = inner_start if part == 0 else (inner_end if part == 1 else end)
-            for i_low in range(part_low, part_high, BLOCK_M):
-                i = i_low + tl.arange(0, BLOCK_M)
-                i_at = q_begin + i[:, None]
-                q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, not EDGE)  # [BLOCK_M, BLOCK_D]
-                lse2 = base2(statistics_of(inputs.lse, b, h, q_begin, i, q_length, float("inf"), EDGE))
-                # S^T = K Q^T [BLOCK_N, BLOCK_M]
-                dots = dot(k_tile, tl.trans(q_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
-                s, through = scores(
-                    dots, i[None, :], j[:, None], b, h, first, q_length, k_length,
-                    inputs.mask, inputs.bias, slope, rule, EDGE,
-                )  # fmt: skip
-                p = tl.exp2(s - lse2[None, :])
-                dropped = p
-                if seed is not None:
-                    row = (tl.cast(b, tl.int64) * heads + h) * q_len + i
-                    keep = tl.trans(kept(seed, row, j_low, threshold, BLOCK_N))
-                    dropped = tl.where(keep, p * up, 0.0)
-                dout_tile = rows_of(inputs.dout, b, h, i_at, q_end, V_DIM, BLOCK_DV, not EDGE)
-                # dV += (D P)^T dO [BLOCK_N, BLOCK_DV]
-                dv_sum = dot(rounded(dropped, dout_tile.dtype), dout_tile, dv_sum, PRECISION)
-                # dP^T = V dO^T [BLOCK_N, BLOCK_M]
-                dp = dot(v_tile, tl.trans(dout_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
-                if seed is not None:
-                    dp = tl.where(keep, dp * up, 0.0)
-                delta = statistics_of(inputs.delta, b, h, q_begin, i, q_length, 0.0, EDGE)
-                ds = p * (dp - delta[None, :]) * through
-                # dK += dS^T Q [BLOCK_N, BLOCK_D]
-                dk_sum = dot(rounded(ds, q_tile.dtype), q_tile, dk_sum, PRECISION)
+    # All heads of the group in one loop: what does not hang on the head would otherwise be kept in registers all along.
+    for EDGE in tl.static_range(2):
+        count = edges if EDGE else inner
+        for unit in tl.range(0, group * count, num_stages=1 if EDGE else None):
+            h = kv_head * group + unit // tl.maximum(count, 1)
+            i_low = tile_at(unit % tl.maximum(count, 1), start, before, inner, EDGE) * BLOCK_M
+            slope = None
+            if inputs.slopes.pointer is not None:
+                slope = of_head(inputs.slopes, b, h)
+            i = i_low + tl.arange(0, BLOCK_M)
+            i_at = q_begin + i[:, None]
+            q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, not EDGE)  # [BLOCK_M, BLOCK_D]
+            lse2 = base2(statistics_of(inputs.lse, b, h, q_begin, i, q_length, float("inf"), EDGE))
+            # S^T = K Q^T [BLOCK_N, BLOCK_M]
+            dots = dot(k_tile, tl.trans(q_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            s, through = scores(
+                dots, i[None, :], j[:, None], b, h, first, q_length, k_length,
+                inputs.mask, inputs.bias, slope, rule, EDGE,
+            )  # fmt: skip
+            p = tl.exp2(s - lse2[None, :])
+            dropped = p
+            if seed is not None:
+                row = (tl.cast(b, tl.int64) * heads + h) * q_len + i
+                keep = tl.trans(kept(seed, row, j_low, threshold, BLOCK_N))
+                dropped = tl.where(keep, p * up, 0.0)
+            dout_tile = rows_of(inputs.dout, b, h, i_at, q_end, V_DIM, BLOCK_DV, not EDGE)
+            # dV += (D P)^T dO [BLOCK_N, BLOCK_DV]
+            dv_sum = dot(rounded(dropped, dout_tile.dtype), dout_tile, dv_sum, PRECISION)
+            # dP^T = V dO^T [BLOCK_N, BLOCK_M]
+            dp = dot(v_tile, tl.trans(dout_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            if seed is not None:
+                dp = tl.where(keep, dp * up, 0.0)
+            delta = statistics_of(inputs.delta, b, h, q_begin, i, q_length, 0.0, EDGE)
+            ds = p * (dp - delta[None, :]) * through
+            # dK += dS^T Q [BLOCK_N, BLOCK_D]
+            dk_sum = dot(rounded(ds, q_tile.dtype), q_tile, dk_sum, PRECISION)
 
     stored = k_length
     if lengths.k_starts is None:
@@ -241,13 +242,12 @@ def attention_backward_dq(  # type: ignore[no-untyped-def]
     i_high = tl.minimum(i_low + BLOCK_M, q_length)
     low, high = key_range(i_low, i_high, first, k_length, rule)
     inner_low, inner_high = inner_key_range(i_low, i_high, first, k_length, rule)
-    start, inner_start, inner_end, end = cut(low, tl.where(i_low < q_length, high, 0), inner_low, inner_high, BLOCK_N)
+    high = tl.where(i_low < q_length, high, 0)
+    start, before, inner, edges = cut(low, high, inner_low, inner_high, BLOCK_N)
 
-    for part in tl.static_range(3):
-        EDGE: tl.constexpr = part != 1
-        part_low = start if part == 0 else (inner_start if part == 1 else inner_end)
-        part_high = inner_start if part == 0 else (inner_end if part == 1 else end)
-        for j_low in range(part_low, part_high, BLOCK_N):
+    for EDGE in tl.static_range(2):
+        for unit in tl.range(0, edges if EDGE else inner, num_stages=1 if EDGE else None):
+            j_low = tile_at(unit, start, before, inner, EDGE) * BLOCK_N
             j = j_low + tl.arange(0, BLOCK_N)
             j_at = k_begin + j[:, None]
             k_tile = rows_of(inputs.k, b, kv_head, j_at, k_end, DIM, BLOCK_D, not EDGE)  # [BLOCK_N, BLOCK_D]

@@ -149,9 +149,23 @@ def base2(lse):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def cut(low, high, inner_low, inner_high, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(start, a, b, high): [start, a) and [b, high) may need masks, [a, b) does not; a and b are multiples of BLOCK."""
-    high = tl.where(low < high, high, 0)
-    start = low // BLOCK * BLOCK
-    a = tl.maximum(start, tl.minimum(tl.cdiv(inner_low, BLOCK), tl.cdiv(high, BLOCK)) * BLOCK)
-    b = tl.maximum(a, tl.minimum(inner_high, high) // BLOCK * BLOCK)
-    return start, a, b, high
+    """[low, high) in tiles: (first tile, edge tiles before the inner ones, inner tiles, all edge tiles).
+
+    Inner tiles lie in [inner_low, inner_high) and need no masks. A kernel goes through all edge tiles in one loop and
+    through the inner ones in another: two copies of its body.
+    """
+    end = tl.where(low < high, tl.cdiv(high, BLOCK), 0)
+    start = tl.minimum(low // BLOCK, end)
+    inner_start = tl.minimum(tl.maximum(tl.cdiv(inner_low, BLOCK), start), end)
+    inner_end = tl.maximum(inner_start, tl.minimum(tl.minimum(inner_high, high) // BLOCK, end))
+    inner = inner_end - inner_start
+    return start, inner_start - start, inner, end - start - inner
+
+
+@triton.jit
+def tile_at(n, start, before, inner, EDGE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The n-th edge or inner tile of a :func:`cut`."""
+    if EDGE:
+        return start + n + tl.where(n < before, 0, inner)
+    else:  # noqa: RET505 - a constexpr branch
+        return start + before + n
