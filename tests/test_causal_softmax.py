@@ -52,6 +52,9 @@ def sizes(tensors, dout, scale, causal):
     found = {"dscores": abs(scale) * terms.sum(-1).max().item() if terms.numel() else 0.0}
     if exact["bias"] is not None:
         found["dbias"] = 2 * terms.sum_to_size(exact["bias"].shape).max().item()
+        if exact["bias"].dim() == 0 or exact["bias"].shape[-1] < out.shape[-1]:
+            # Whole rows of dlogits are summed, and that is 0 but for the rounding of the probabilities that are saved.
+            found["dbias"] *= max(1.0, torch.finfo(dout.dtype).eps / (8 * torch.finfo(torch.float32).eps))
     return found
 
 
@@ -229,7 +232,7 @@ def test_empty(shape, backend, device):
     assert bias.grad.eq(0).all()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lead=st.lists(st.integers(1, 4), max_size=2),
     q_len=st.integers(1, 40),
@@ -264,10 +267,10 @@ def test_many_dimensions(backend, device, poisoned):
     run({"scores": scores, "mask": mask, "bias": torch.randn(3, 1, 1, 2, 1, 1, 6, device=device)}, backend)
 
 
-@pytest.mark.parametrize("bias", [(9, 2, 3, 5), (2, 3, 5), (5,), (3, 1), (9, 1, 1, 5), ()], ids=str)
+@pytest.mark.parametrize("bias", [(8, 3, 5), (3, 5), (5,), (3, 1), (8, 1, 5), ()], ids=str)
 def test_a_bias_gradient_is_summed_in_a_fixed_order(bias, backend, device, poisoned):
-    # 9 matrices: enough for the sum over them to be split among programs
-    scores, bias = torch.randn(9, 2, 3, 5, device=device), torch.randn(bias, device=device)
+    # 8 matrices: enough for the sum over them to be split among programs
+    scores, bias = torch.randn(8, 3, 5, device=device), torch.randn(bias, device=device)
     run({"scores": scores, "bias": bias}, backend, causal=len(bias.shape) % 2 == 1)
     leaf, dout = bias.requires_grad_(), torch.randn_like(scores)
     first, second = (
@@ -282,13 +285,18 @@ def short_rows_only(monkeypatch, columns):
     monkeypatch.setattr(triton_impl, "MOST_COLUMNS", columns)
 
 
-@pytest.mark.parametrize("causal", CAUSAL, ids=_id)
 @pytest.mark.parametrize(
-    "mask, bias",
-    [(None, None), ((2, 1, 13), (2, 5, 13)), ((13,), (5, 13)), ((5, 1), (13,)), ((), (5, 1)), (None, ())],
-    ids=str,
+    "dtype, causal, mask, bias",
+    [
+        (torch.float32, True, None, None),
+        (torch.bfloat16, False, (2, 1, 13), (2, 5, 13)),
+        (torch.bfloat16, "lower_right", (13,), (5, 13)),
+        (torch.float32, True, (5, 1), (13,)),
+        (torch.float16, True, (), (5, 1)),
+        (torch.bfloat16, "lower_right", None, ()),
+    ],
+    ids=_id,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
 def test_rows_too_long_for_registers(dtype, mask, bias, causal, backend, device, poisoned, monkeypatch):
     if backend != "triton":
         pytest.skip("the other backends have no limit to lower: see test_long_rows")
@@ -301,8 +309,9 @@ def test_rows_too_long_for_registers(dtype, mask, bias, causal, backend, device,
     run(tensors, backend, causal=causal)
 
 
-@pytest.mark.parametrize("k_len", [4096, 20001], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=_id)
+@pytest.mark.parametrize(
+    "dtype, k_len", [(torch.float16, 4096), (torch.bfloat16, 16392), (torch.float32, 20001)], ids=_id
+)
 def test_long_rows(dtype, k_len, backend, device, poisoned):
     scores = torch.randn(2, 2, k_len, device=device).to(dtype)
     bias = torch.randn(2, k_len, device=device).to(dtype)

@@ -214,14 +214,10 @@ def _read(tensor, start, begin, column, limit, ALIGN: tl.constexpr):  # type: ig
     return tl.where(column < limit, value.to(tl.float32), 0.0)
 
 
-@triton.jit
-def _start(tensor, group, member, group_sizes, member_sizes):  # type: ignore[no-untyped-def]
-    return _offset(group, group_sizes, tensor.group) + _offset(member, member_sizes, tensor.member)
-
-
 @triton.jit(do_not_specialize=_LENGTHS)
 def _backward_rows(  # type: ignore[no-untyped-def]
-    dout, out, dscores, dbias, query, group_sizes, member_sizes, groups, members, a_chunk, k_len, diagonal, scale,
+    dout, out, dscores, dbias, query_group, query_member, group_sizes, member_sizes,
+    groups, members, a_chunk, k_len, diagonal, scale,
     INDEX: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tiles = (groups + (ROWS - 1)) // ROWS
@@ -229,16 +225,20 @@ def _backward_rows(  # type: ignore[no-untyped-def]
     group = ((tl.program_id(0).to(INDEX) % tiles) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     columns = tl.where(group < groups, k_len, 0).to(tl.int32)
+    query = _offset(group, group_sizes, query_group)
+    out_group = _offset(group, group_sizes, out.group)
+    dout_group = _offset(group, group_sizes, dout.group)
+    dscores_group = _offset(group, group_sizes, dscores.group)
     sum_ = tl.zeros([ROWS, COLUMNS], tl.float32)
     first = chunk * a_chunk
     for step in range(tl.minimum(a_chunk, members - first)):
         member = first + step
-        at = _start(query, group, member, group_sizes, member_sizes)
-        limit = tl.minimum(_limit(at, k_len, diagonal).to(tl.int32), columns)
-        p = _read(out, _start(out, group, member, group_sizes, member_sizes), 0, column, limit, ALIGN)
-        g = _read(dout, _start(dout, group, member, group_sizes, member_sizes), 0, column, limit, ALIGN)
+        limit = _limit(query + _offset(member, member_sizes, query_member), k_len, diagonal)
+        limit = tl.minimum(limit.to(tl.int32), columns)
+        p = _read(out, out_group + _offset(member, member_sizes, out.member), 0, column, limit, ALIGN)
+        g = _read(dout, dout_group + _offset(member, member_sizes, dout.member), 0, column, limit, ALIGN)
         dlogits = p * (g - tl.sum(p * g, 1)[:, None])
-        start = _start(dscores, group, member, group_sizes, member_sizes)
+        start = dscores_group + _offset(member, member_sizes, dscores.member)
         _write(dscores, start, 0, column, columns, dlogits * scale, ALIGN)
         if dbias.pointer is not None:
             sum_ += dlogits
@@ -253,7 +253,8 @@ def _backward_rows(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def _backward_long(  # type: ignore[no-untyped-def]
-    dout, out, dscores, dbias, query, group_sizes, member_sizes, groups, members, a_chunk, k_len, diagonal, scale,
+    dout, out, dscores, dbias, query_group, query_member, group_sizes, member_sizes,
+    groups, members, a_chunk, k_len, diagonal, scale,
     INDEX: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0).to(INDEX) // groups
@@ -262,14 +263,18 @@ def _backward_long(  # type: ignore[no-untyped-def]
     zero = tl.zeros([1, COLUMNS], tl.float32)
     sum_ = tl.zeros([1, 1], tl.float32)
     at_dbias = (chunk.to(tl.int64) * groups + group) * k_len + tl.zeros([1, 1], tl.int64)
+    query = _offset(group, group_sizes, query_group)
+    row = group + tl.zeros([1, 1], INDEX)
+    out_group = _offset(row, group_sizes, out.group)
+    dout_group = _offset(row, group_sizes, dout.group)
+    dscores_group = _offset(row, group_sizes, dscores.group)
     first = chunk * a_chunk
     for step in range(tl.minimum(a_chunk, members - first)):
         member = first + step
-        limit = _limit(_start(query, group, member, group_sizes, member_sizes), k_len, diagonal)  # int64
-        row = group + tl.zeros([1, 1], INDEX)
-        at_out = _start(out, row, member, group_sizes, member_sizes)
-        at_dout = _start(dout, row, member, group_sizes, member_sizes)
-        at_dscores = _start(dscores, row, member, group_sizes, member_sizes)
+        limit = _limit(query + _offset(member, member_sizes, query_member), k_len, diagonal)  # int64
+        at_out = out_group + _offset(member, member_sizes, out.member)
+        at_dout = dout_group + _offset(member, member_sizes, dout.member)
+        at_dscores = dscores_group + _offset(member, member_sizes, dscores.member)
         along = zero
         for begin in range(0, limit, COLUMNS):
             left = tl.minimum(limit - begin, COLUMNS).to(tl.int32)
@@ -389,7 +394,8 @@ def causal_softmax_backward(
             _backward_long if k_len > chosen.COLUMNS else _backward_rows,
             chunks * triton.cdiv(groups, chosen.ROWS),
             *views,
-            Groups(None, by_group[-1], by_member[-1], 0),
+            by_group[-1],
+            by_member[-1],
             group_sizes,
             member_sizes,
             groups,
