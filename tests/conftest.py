@@ -18,6 +18,8 @@ from cuda_on_cpu import build
 from transfuse import _extension
 from transfuse.backends import _process, why_not
 
+os.environ["TRANSFUSE_TUNING"] = "off"  # what was measured on this machine is no part of a test
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
     import triton_interpreter
 
@@ -34,8 +36,15 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cpu")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """torch's opcheck imports expecttest; without it those tests skip instead of failing."""
+    """What is slow in Triton's interpreter is marked so; opcheck's tests skip where its expecttest is missing."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        for item in items:
+            quick = getattr(getattr(item, "function", None), "quick_interpreted", None)
+            if quick is not None and item.callspec.params.get("backend") == "triton":  # type: ignore[attr-defined]
+                if not quick(item.callspec.params):  # type: ignore[attr-defined]
+                    item.add_marker(pytest.mark.slow)
     if importlib.util.find_spec("expecttest") is None:
         for item in items:
             if "opcheck" in item.name:

@@ -31,6 +31,7 @@ class CompiledKernel:
     """A kernel that was compiled, and what it takes of a GPU."""
 
     name: str
+    module: str
     capability: tuple[int, int]
     constants: dict[str, Any]
     """The values that are compiled in."""
@@ -187,6 +188,7 @@ def _facts(kernel: Any) -> CompiledKernel:
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
     return CompiledKernel(
         name=kernel.name,
+        module=kernel.src.fn.module,
         capability=(arch // 10, arch % 10),
         constants=constants,
         warps=kernel.metadata.num_warps,

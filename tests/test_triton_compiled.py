@@ -1,0 +1,81 @@
+"""Every Triton kernel compiled for GPUs that need not be here, and what its machine code must have and must not have."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from triton_kernels import CASES
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the package triton is missing")
+
+SHARED = {(8, 0): 163 * 1024, (9, 0): 227 * 1024}  # bytes that a block may use
+DTYPES = ("float16", "bfloat16", "float32")
+WHOLE = [(case, dtype, capability) for capability in SHARED for dtype in DTYPES for case in CASES]
+# Every kernel once, each op on both GPUs and in every dtype; the rest of the product is slow.
+QUICK = {
+    *((case, "float16", (9, 0)) for case in CASES if not case.endswith(("_256", "_scores_128", "varlen_128"))),
+    *((case, "bfloat16", (8, 0)) for case in ("norm", "softmax", "ffn_gated", "attention_128", "decode")),
+    *((case, "float32", (8, 0)) for case in ("ffn", "attention")),
+    *((case, "float32", (9, 0)) for case in ("norm_rms_unaligned", "softmax_bias", "decode_64")),
+}
+Ask = Callable[[Any], Any]
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
+    """Sends a line to a process that compiles, with a cache of its own, and gives its answer."""
+    variables = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "TRANSFUSE_TUNING": "off"}
+    variables.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(Path(__file__).with_name("triton_kernels.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def send(line: Any) -> Any:
+            print(json.dumps(line), file=process.stdin, flush=True)
+            answer = json.loads(process.stdout.readline())
+            assert "error" not in answer, answer["error"]
+            return answer
+
+        yield send
+        process.stdin.close()
+
+
+def _id(value: Any) -> str:
+    return f"sm_{value[0]}{value[1]}" if isinstance(value, tuple) else str(value)
+
+
+@pytest.mark.parametrize(
+    "case, dtype, capability",
+    [pytest.param(*c, marks=() if c in QUICK else pytest.mark.slow, id="-".join(map(_id, c))) for c in WHOLE],
+)
+def test_machine_code(ask, case, dtype, capability):
+    kernels = ask([case, dtype, capability])
+    assert kernels, "nothing was launched"
+    wrong = []
+    for kernel in kernels:
+        name = f"{kernel['kernel']} {kernel['constants']}"
+        if kernel["spilled_bytes"] or kernel["local"]:
+            wrong.append(f"{name} spills {kernel['spilled_bytes']} bytes of registers")
+        if kernel["shared_bytes"] > SHARED[capability]:
+            wrong.append(f"{name} takes {kernel['shared_bytes']} bytes of shared memory")
+        if kernel["dot"] and not kernel["tensor_core"]:
+            wrong.append(f"{name} multiplies matrices without tensor cores")
+        if kernel["loads"] and not kernel["wide_loads"] and "unaligned" not in case:
+            wrong.append(f"{name} has no load of 16 bytes")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_kernel_is_forgotten(ask):
+    compiled = {kernel["kernel"] for case, dtype, gpu in QUICK if gpu == (9, 0) for kernel in ask([case, dtype, gpu])}
+    missing = sorted(set(ask("list")) - compiled)
+    assert not missing, f"no case of triton_kernels.CASES launches {missing}"
