@@ -8,7 +8,9 @@ compiler alone; no CUDA is needed.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -17,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +30,7 @@ REPLACED = {"csrc/launch.cu"}  # by engine/tensors.cpp
 
 # -fsanitize=thread puts a call before every load and store; engine/memory.cpp defines what is called. The sanitizer's
 # own library is never linked.
-WATCHED = ["-fsanitize=thread", "-fsanitize=bounds", "-include", "cuda_runtime.h", "-x", "c++"]
+WATCHED = ["-fsanitize=thread", "-fsanitize=bounds,alignment", "-include", "cuda_runtime.h", "-x", "c++"]
 NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
 FLAGS = [
     "-std=c++17",
@@ -85,16 +86,15 @@ def build(name: str = "_C", sources: Sequence[Path] | None = None) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed: other processes of a test run wait for this build
         if target.is_file():
             return target
-        objects = [Path(folder) / f"{number}-{source.name}.o" for number, source in enumerate(sources)]
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
-            list(pool.map(lambda pair: _compile(command, *pair), zip(sources, objects, strict=True)))
-        whole = Path(folder) / target.name
-        _run([command[0], "-shared", "-o", str(whole), *map(str, objects), "-ldl"])
-        whole.rename(target)
+            objects = list(pool.map(functools.partial(_compile, command), sources))
+        new = target.with_suffix(".new")
+        _run([command[0], "-shared", "-o", str(new), *map(str, objects), "-ldl"])
+        new.rename(target)
     return target
 
 
@@ -108,10 +108,24 @@ def _definitions() -> list[str]:
     ]
 
 
-def _compile(command: list[str], source: Path, to: Path) -> None:
-    kernels = source.suffix == ".cu"
-    how = ["-O1", *WATCHED] if kernels else ["-O2"]
-    _run([*command, *how, "-c", str(source), "-o", str(to)])
+def _compile(command: list[str], source: Path) -> Path:
+    """The object file of one source; compiled only if the command or a file that went into it has changed."""
+    how = ["-O1", *WATCHED] if source.suffix == ".cu" else ["-O2"]
+    command = [*command, *how, "-c", str(source)]
+    stem = CACHE / "objects" / f"{source.stem}-{hashlib.sha256(repr(command).encode()).hexdigest()[:16]}"  # no dots
+    stem.parent.mkdir(exist_ok=True)
+    to, record = stem.with_suffix(".o"), stem.with_suffix(".json")
+    if to.is_file() and record.is_file() and all(_hash(p) == h for p, h in json.loads(record.read_text()).items()):
+        return to
+    record.unlink(missing_ok=True)
+    _run([*command, "-o", str(to), "-MD", "-MF", str(stem.with_suffix(".d"))])
+    read = shlex.split(stem.with_suffix(".d").read_text().replace("\\\n", " "))[1:]
+    record.write_text(json.dumps({path: _hash(path) for path in read}))
+    return to
+
+
+def _hash(path: str) -> str | None:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
 
 
 def _run(command: list[str]) -> None:

@@ -152,12 +152,17 @@ void run_block(std::vector<int>& order, std::mt19937* random) {
   }
 }
 
-std::string refuse(const cudaLaunchConfig_t& config) {
+// Why a GPU would not start this launch; empty if it would.
+std::string refuse(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 b = config.blockDim, g = config.gridDim;
   const uint64_t threads = uint64_t(b.x) * b.y * b.z;
   if (threads == 0 || threads > 1024 || b.z > 64) return text("a block of (%u, %u, %u) threads", b.x, b.y, b.z);
   if (!g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) {
     return text("a grid of (%u, %u, %u) blocks", g.x, g.y, g.z);
+  }
+  if (config.dynamicSmemBytes > static_cast<size_t>(shared_limit(kernel))) {
+    return text("%zu bytes of dynamic shared memory: without cudaFuncSetAttribute the limit is %d", config.dynamicSmemBytes,
+                shared_limit(kernel));
   }
   return "";
 }
@@ -202,21 +207,22 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(buffer, sizeof(buffer), format, arguments);
   va_end(arguments);
-  fail_at(__builtin_return_address(0), buffer);
+  const Thread& self = *block.current;
+  fail_at(nullptr, self.state == State::AtMeeting ? buffer + text(" [%s:%d]", base_name(self.site.file).c_str(), self.site.line) : buffer);
 }
 
 void run(const cudaLaunchConfig_t& config, const void* kernel, void (*entry)(void*), void* frame, size_t frame_bytes) {
   static std::mutex one_at_a_time;  // Python threads launch without the GIL
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const std::string name = function_name(kernel);
-  failure = refuse(config);
+  failure = refuse(config, kernel);
   failed_instruction = nullptr;
   if (!failure.empty()) throw std::runtime_error("cuda_on_cpu: " + name + ": a GPU refuses " + failure);
   thread_entry = entry;
   thread_frame = frame;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
-  prepare_memory(config.dynamicSmemBytes, frame, frame_bytes);
+  prepare_memory(kernel, config.dynamicSmemBytes, frame, frame_bytes);
 
   const char* seed = getenv("TRANSFUSE_CUDA_ON_CPU_SEED");
   std::mt19937 random(seed ? static_cast<unsigned>(atoi(seed)) : 0u);
@@ -249,12 +255,12 @@ void meet(const char* name, unsigned mask, void* operand, Act act, void* argumen
   const int number = block.number(self), lane = number % 32;
   Thread* const lanes = &self - lane;
   const int count = std::min(32, static_cast<int>(block.threads.size()) - (number - lane));
-  if (!(mask >> lane & 1)) fail("%s with mask 0x%08x, which leaves out this lane (%d): add it", name, mask, lane);
   self.state = State::AtMeeting;
   self.waits_for = name;
   self.site = site;
   self.mask = mask;
   self.operand = operand;
+  if (!(mask >> lane & 1)) fail("%s with mask 0x%08x, which leaves out this lane (%d): add it", name, mask, lane);
 
   void* operands[32] = {};
   bool complete = true;

@@ -63,6 +63,7 @@ std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // Where in the source an instruction of the kernels stands, innermost first; empty if no tool here can tell.
 std::string source_of(const void* instruction);
 std::string function_name(const void* function);  // of a kernel
+int shared_limit(const void* kernel);          // bytes of dynamic shared memory that a launch may ask for
 [[noreturn]] void fail_at(const void* instruction, const std::string& message);
 
 }  // namespace cuda_on_cpu

@@ -47,7 +47,7 @@ const char* wrong(const Cell& cell, Access kind, int me) {
                                 : "writes %s while the cp.async of %s into it is in flight: wait for it first";
   }
   const bool reads = kind == Access::Read || kind == Access::Atomic;
-  if (reads && !written) return "reads %s, which no thread of this block has written";
+  if (reads && !written) return "reads %s, which no thread of this block has written yet: initialise it, or add the barrier that is missing";
   if (written && !(kind == Access::Atomic && cell.writer == Cell::kAtomic) && !ordered(cell.written, cell.writer, me)) {
     return kind == Access::Read ? "race: reads %s, which %s wrote with no barrier between: add __syncthreads"
                                 : "race: writes %s, which %s wrote with no barrier between: add __syncthreads";
@@ -98,9 +98,17 @@ const char* verb(Access kind) {
   return kind == Access::Read ? "read" : kind == Access::Atomic ? "atomic update" : "write";
 }
 
+[[noreturn]] void misaligned(const void* address, size_t alignment, const char* what, const void* instruction) {
+  const Unwatched scope;
+  const auto at = static_cast<const unsigned char*>(address);
+  const std::string where = is_shared(at) ? shared_name(at, shared_symbol(at)) : place(at, 1);
+  fail_at(instruction, text("misaligned %s at %s: its address must be a multiple of %zu bytes", what, where.c_str(), alignment));
+}
+
 }  // namespace
 
-void prepare_memory(size_t dynamic_shared_bytes, const void* parameters, size_t parameter_bytes) {
+void prepare_memory(const void* kernel, size_t dynamic_shared_bytes, const void* parameters, size_t parameter_bytes) {
+  show_shared_symbols_of(kernel);
   dynamic_bytes = dynamic_shared_bytes;
   parameters_begin = static_cast<const unsigned char*>(parameters);
   parameters_end = parameters_begin + parameter_bytes;
@@ -119,8 +127,10 @@ bool is_shared(const void* address) {
 
 unsigned char* dynamic_shared_memory() { return dynamic_memory; }
 
-void check_atomic(void* address, size_t bytes) {
+void atomic(void* address, size_t bytes, void (*update)(void*, void*), void* argument) {
+  const Unwatched scope;
   access(address, bytes, Access::Atomic, true, __builtin_return_address(0));
+  update(address, argument);
 }
 
 void access(const void* address, size_t bytes, Access kind, bool aligned, const void* instruction) {
@@ -129,8 +139,7 @@ void access(const void* address, size_t bytes, Access kind, bool aligned, const 
   if (at >= stack && at < stack + kStackBytes) return;
   const Unwatched scope;
   if (aligned && reinterpret_cast<uintptr_t>(at) % bytes != 0) {
-    fail_at(instruction, text("misaligned %zu-byte %s at %s: the address must be a multiple of %zu", bytes, verb(kind),
-                              place(at, bytes).c_str(), bytes));
+    misaligned(at, bytes, verb(kind), instruction);
   }
   if (at >= dynamic_memory && at < dynamic_memory + kDynamicCapacity) {
     const size_t offset = at - dynamic_memory;
@@ -141,8 +150,9 @@ void access(const void* address, size_t bytes, Access kind, bool aligned, const 
     return shared_access(&dynamic_cells[offset], at, bytes, kind, nullptr, instruction);
   }
   if (const Symbol* variable = shared_symbol(at)) {
-    if (reinterpret_cast<uintptr_t>(at) + bytes > variable->end()) {
-      fail_at(instruction, text("%zu-byte %s out of bounds at %s", bytes, verb(kind), shared_name(at, variable).c_str()));
+    if (!variable->visible || reinterpret_cast<uintptr_t>(at) + bytes > variable->end()) {
+      fail_at(instruction, text("%zu-byte %s out of bounds at %s%s", bytes, verb(kind), shared_name(at, variable).c_str(),
+                                variable->visible ? "" : ", a variable of another function: a kernel declares its own and passes pointers"));
     }
     const size_t offset = reinterpret_cast<uintptr_t>(at) - shared_symbols().front().begin;
     return shared_access(&static_cells[offset], at, bytes, kind, variable, instruction);
@@ -158,9 +168,15 @@ inline void hook(const void* address, size_t bytes, Access kind, bool aligned, c
   if (watching && on_fiber(__builtin_frame_address(0))) access(address, bytes, kind, aligned, instruction);
 }
 
-struct SourceLocation {  // as the compiler lays it out
+struct SourceLocation {  // these two as the compiler lays them out
   const char* file;
   uint32_t line, column;
+};
+
+struct TypeMismatch {
+  SourceLocation where;
+  const void* type;
+  unsigned char log_alignment, access_kind;
 };
 
 }  // namespace
@@ -202,7 +218,14 @@ HOOK void __tsan_init() {}
 // -fsanitize=bounds: an index into an array whose length the compiler knows, in registers or in shared memory.
 HOOK void __ubsan_handle_out_of_bounds(cuda_on_cpu::SourceLocation* where, void* index) {
   if (!cuda_on_cpu::watching || !cuda_on_cpu::on_fiber(__builtin_frame_address(0))) return;
-  cuda_on_cpu::fail("index %td is out of bounds of the array at %s:%u", reinterpret_cast<intptr_t>(index),
-                    cuda_on_cpu::base_name(where->file).c_str(), where->line);
+  cuda_on_cpu::fail_at(nullptr, cuda_on_cpu::text("index %td is out of bounds of its array [%s:%u]", reinterpret_cast<intptr_t>(index),
+                                                  cuda_on_cpu::base_name(where->file).c_str(), where->line));
+}
+
+// -fsanitize=alignment: a vector access at an address that is no multiple of it. The compiler may split such an access
+// before __tsan_read16 could see it whole.
+HOOK void __ubsan_handle_type_mismatch_v1(cuda_on_cpu::TypeMismatch* of, void* address) {
+  if (!cuda_on_cpu::watching || !cuda_on_cpu::on_fiber(__builtin_frame_address(0))) return;
+  cuda_on_cpu::misaligned(address, size_t(1) << of->log_alignment, "access", __builtin_return_address(0));
 }
 }

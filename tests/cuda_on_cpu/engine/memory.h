@@ -18,6 +18,6 @@ void access(const void* address, size_t bytes, Access kind, bool aligned, const 
 
 bool is_shared(const void* address);
 
-void prepare_memory(size_t dynamic_shared_bytes, const void* parameters, size_t parameter_bytes);
+void prepare_memory(const void* kernel, size_t dynamic_shared_bytes, const void* parameters, size_t parameter_bytes);
 
 }  // namespace cuda_on_cpu

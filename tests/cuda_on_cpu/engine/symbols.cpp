@@ -66,13 +66,13 @@ struct Module {
     const int type = ELF64_ST_TYPE(symbol.st_info);
     if (type == STT_FUNC) functions.emplace_back(base + symbol.st_value, name);
     if (type == STT_OBJECT && strncmp(name, "_ZZ", 3) == 0 && sections[symbol.st_shndx].sh_type == SHT_NOBITS) {
-      shared.push_back({base + symbol.st_value, symbol.st_size, last_part(demangled(name))});
+      shared.push_back({base + symbol.st_value, symbol.st_size, last_part(demangled(name)), name, false});
     }
   }
 };
 
-const Module& module() {
-  static const Module mine;
+Module& module() {
+  static Module mine;
   return mine;
 }
 
@@ -85,6 +85,18 @@ const Symbol* shared_symbol(const void* address) {
   const auto& all = module().shared;
   auto after = std::upper_bound(all.begin(), all.end(), at, [](uintptr_t a, const Symbol& s) { return a < s.begin; });
   return after != all.begin() && at < (after - 1)->end() ? &*(after - 1) : nullptr;
+}
+
+// The variable `name` of the kernel _Z<kernel> has the symbol _ZZ<kernel>E<name>.
+void show_shared_symbols_of(const void* kernel) {
+  static const void* shown = nullptr;
+  if (kernel == shown) return;
+  shown = kernel;
+  std::string prefix = "_ZZ";
+  for (const auto& [address, name] : module().functions) {
+    if (address == reinterpret_cast<uintptr_t>(kernel)) prefix += name.substr(2) + "E";
+  }
+  for (Symbol& symbol : module().shared) symbol.visible = symbol.mangled.compare(0, prefix.size(), prefix) == 0;
 }
 
 bool in_this_module(const void* address) {

@@ -60,17 +60,17 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute at
 }
 
 // Barriers, votes and shuffles.
-inline void __syncthreads(CUDA_ON_CPU_SITE) { cuda_on_cpu::block_barrier(site); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_SITE) { cuda_on_cpu::warp_barrier(mask, site); }
+inline void __syncthreads(CUDA_ON_CPU_SITE) { cuda_on_cpu::block_barrier(CUDA_ON_CPU_HERE); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_SITE) { cuda_on_cpu::warp_barrier(mask, CUDA_ON_CPU_HERE); }
 inline unsigned __activemask() { return cuda_on_cpu::live_lanes(); }
 inline unsigned __ballot_sync(unsigned mask, bool predicate, CUDA_ON_CPU_SITE) {
-  return cuda_on_cpu::vote(cuda_on_cpu::Vote::Ballot, mask, predicate, site);
+  return cuda_on_cpu::vote(cuda_on_cpu::Vote::Ballot, mask, predicate, CUDA_ON_CPU_HERE);
 }
 inline int __all_sync(unsigned mask, bool predicate, CUDA_ON_CPU_SITE) {
-  return cuda_on_cpu::vote(cuda_on_cpu::Vote::All, mask, predicate, site);
+  return cuda_on_cpu::vote(cuda_on_cpu::Vote::All, mask, predicate, CUDA_ON_CPU_HERE);
 }
 inline int __any_sync(unsigned mask, bool predicate, CUDA_ON_CPU_SITE) {
-  return cuda_on_cpu::vote(cuda_on_cpu::Vote::Any, mask, predicate, site);
+  return cuda_on_cpu::vote(cuda_on_cpu::Vote::Any, mask, predicate, CUDA_ON_CPU_HERE);
 }
 
 namespace cuda_on_cpu {
@@ -88,7 +88,7 @@ T shuffle_any(Shuffle kind, unsigned mask, T value, int lane, int width, Site si
 #define CUDA_ON_CPU_SHUFFLE(name, kind)                                                            \
   template <typename T>                                                                            \
   T name(unsigned mask, T value, int lane, int width = 32, CUDA_ON_CPU_SITE) {                     \
-    return cuda_on_cpu::shuffle_any(cuda_on_cpu::Shuffle::kind, mask, value, lane, width, site);   \
+    return cuda_on_cpu::shuffle_any(cuda_on_cpu::Shuffle::kind, mask, value, lane, width, CUDA_ON_CPU_HERE);   \
   }
 CUDA_ON_CPU_SHUFFLE(__shfl_sync, Index)
 CUDA_ON_CPU_SHUFFLE(__shfl_up_sync, Up)
@@ -99,12 +99,18 @@ CUDA_ON_CPU_SHUFFLE(__shfl_xor_sync, Xor)
 // Atomics: threads of one host thread interleave only at barriers, so a plain update is atomic.
 template <typename T, typename F>
 T atomic_update(T* address, F update) {
-  cuda_on_cpu::check_atomic(address, sizeof(T));
-  T before, after;
-  memcpy(&before, address, sizeof(T));
-  after = update(before);
-  __builtin_memcpy(static_cast<void*>(address), &after, sizeof(T));
-  return before;
+  struct Step {
+    F update;
+    T before;
+  } step{update, {}};
+  const auto run = [](void* at, void* argument) {
+    Step& mine = *static_cast<Step*>(argument);
+    memcpy(&mine.before, at, sizeof(T));
+    const T after = mine.update(mine.before);
+    memcpy(at, &after, sizeof(T));
+  };
+  cuda_on_cpu::atomic(address, sizeof(T), run, &step);
+  return step.before;
 }
 template <typename T> T atomicAdd(T* address, T value) { return atomic_update(address, [=](T old) { return T(old + value); }); }
 template <typename T> T atomicMax(T* address, T value) { return atomic_update(address, [=](T old) { return old < value ? value : old; }); }

@@ -13,7 +13,8 @@ struct Site {
   const char* file;
   int line;
 };
-#define CUDA_ON_CPU_SITE ::cuda_on_cpu::Site site = ::cuda_on_cpu::Site{__builtin_FILE(), __builtin_LINE()}
+#define CUDA_ON_CPU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define CUDA_ON_CPU_HERE ::cuda_on_cpu::Site{file, line}
 
 // Runs entry(frame) for every thread of the grid. `frame` holds the kernel's parameters, which threads may read.
 // Throws std::runtime_error with everything it knows at the first thing a GPU would forgive or corrupt.
@@ -34,8 +35,8 @@ unsigned vote(Vote kind, unsigned mask, bool predicate, Site site);
 void warp_barrier(unsigned mask, Site site);
 unsigned live_lanes();
 
-// One read-modify-write of shared or global memory: checked, then update(address, operand).
-void check_atomic(void* address, size_t bytes);
+// One read-modify-write of shared or global memory.
+void atomic(void* address, size_t bytes, void (*update)(void* address, void* argument), void* argument);
 
 unsigned char* dynamic_shared_memory();
 
