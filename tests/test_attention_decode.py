@@ -64,7 +64,7 @@ def supported(backend, tensors):
 @pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_values_and_gradients(case, q_len, causal, feature, dtype, way, backend, device, poisoned):
-    if dtype != torch.float32 and case not in ("mixed", "full"):
+    if dtype != torch.float32 and case not in (("mixed", "full") if backend == "torch" else ("mixed",)):
         pytest.skip("these lengths differ in indexing alone")
     tensors, options = make(LENGTHS[case], q_len, dtype, device, feature)
     supported(backend, tensors)
@@ -74,6 +74,8 @@ def test_values_and_gradients(case, q_len, causal, feature, dtype, way, backend,
         grads = ["q", "k_cache", "v_cache"]  # sums of few elements are judged in fp32 alone
         sizes["lse"] = 4 * torch.finfo(dtype).eps / 2 / (8 * torch.finfo(torch.float32).eps)
         sizes.update({f"d{n}": sizes["lse"] for n in grads})
+    if backend != "torch" and (case not in ("mixed", "none") or q_len == 1 or causal):
+        grads = []  # the backward kernels are test_attention's; here only where their rows end
     check(
         lambda **kw: attention_decode(**kw, backend=backend, return_lse=True),
         lambda **kw: attention_decode(**kw, backend="reference", return_lse=True),
