@@ -209,8 +209,8 @@ def test_one_parameter(given, hidden, backend, device, poisoned):
 
 
 def test_more_programs_than_two_dimensions_of_a_grid_take(kind, backend, device):
-    if backend == "triton" and device.type == "cpu":
-        pytest.skip("Triton's interpreter takes minutes for as many programs")
+    if backend != "torch" and device.type == "cpu":
+        pytest.skip("kernels that run on the CPU for their tests take minutes for as many programs")
     skip_unless(norm._why_not(backend, torch.empty(1, device=device), None, kind))
     x = torch.randn(70_000, 4096, dtype=torch.float16, device=device)
     op = layer_norm if kind == "layer_norm" else rms_norm
