@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that need not be here, and what its machine code must have and must not have."""
+"""Every Triton kernel, compiled for GPUs that need not be here: what its machine code must have and must not have."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-def tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors(value: Any, _inside: frozenset[int] = frozenset()) -> Iterator[torch.Tensor]:
     """The tensors that a value holds, in containers, modules, bound methods and this package's objects."""
     if isinstance(value, torch.Tensor):
         yield value
@@ -20,15 +20,15 @@ def tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from value.buffers()
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from tensors(item)
+            yield from tensors(item, _inside)
     elif isinstance(value, dict):
-        yield from tensors(list(value.values()))
+        yield from tensors(list(value.values()), _inside)
     elif isinstance(value, types.MethodType):
-        yield from tensors(value.__self__)
+        yield from tensors(value.__self__, _inside)
     elif isinstance(value, functools.partial):
-        yield from tensors((value.func, value.args, value.keywords))
-    elif _ours(value):
-        yield from tensors(vars(value))
+        yield from tensors((value.func, value.args, value.keywords), _inside)
+    elif _ours(value) and id(value) not in _inside:  # a cache and its layers know one another
+        yield from tensors(_attributes(value), _inside | {id(value)})
 
 
 def without_data(value: Any, twins: dict[int, Any] | None = None) -> Any:
@@ -61,14 +61,19 @@ def without_data(value: Any, twins: dict[int, Any] | None = None) -> Any:
     elif _ours(value):
         found = copy.copy(value)
         twins[id(value)] = (found, value)
-        for name, item in vars(value).items():
+        for name, item in _attributes(value).items():
             object.__setattr__(found, name, without_data(item, twins))  # also where it is frozen
     twins[id(value)] = (found, value)  # the value too, so that nothing else gets its id
     return found
 
 
 def _ours(value: Any) -> bool:
-    return type(value).__module__.startswith("transfuse.") and hasattr(value, "__dict__")
+    return type(value).__module__.startswith("transfuse.") and not isinstance(value, (type, types.FunctionType))
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
 
 
 def _module(module: torch.nn.Module, twins: dict[int, Any]) -> torch.nn.Module:

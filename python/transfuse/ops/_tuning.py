@@ -266,7 +266,7 @@ def _read(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
             for keys in ops.values():
                 for fields in keys.values():
                     fields.items()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(
