@@ -176,7 +176,7 @@ def _backward(
         launch(triton_kernels.norm_backward_rows, groups, *tensors, M, N // align, ROWS=tiles.ROWS, **options)
         _sum(partials, gradients, groups, N, align, summed.device)
 
-    tiles = backward_tiles(N)
+    tiles = backward_tiles(N, max(t.element_size() for t in (summed, weight) if t is not None))
     key = (tiles.COLUMNS, summed.dtype, dsummed is None, mean is None)
     tuned("norm_backward", key, tiles, _alternatives(tiles), run, summed.device)
     return dx, dweight, dbias
@@ -239,12 +239,12 @@ def _rows(t: torch.Tensor | None, N: int) -> Rows:
 # --- tiles ----------------------------------------------------------------------------------------------------------
 
 _RESIDENT_FORWARD = 16384
-_RESIDENT_BACKWARD = 8192
+_RESIDENT_BACKWARD = 16384  # bytes
 _TILE = 4096  # elements
 
 
 def forward_tiles(N: int) -> Tiles:
-    """4096 elements by 128 threads: 64 bytes of bf16 a thread in flight, and room for 8 such programs on an SM.
+    """4096 elements by 128 threads: 64 bytes of bf16 a thread in flight, and room for 6 such programs on an SM.
 
     One row that is wider than half of that takes more warps instead of more rows, at 16 elements a thread; 16384
     columns take 32 a thread, since 1024 threads have 64 registers each and reductions over them two more steps.
@@ -256,17 +256,20 @@ def forward_tiles(N: int) -> Tiles:
     return Tiles(max(1, _TILE // columns), columns, warps)
 
 
-def backward_tiles(N: int) -> Tiles:
-    """16 elements a thread: with s, dy, the next s and dy and two sums in registers that is what 128 of them hold.
+def backward_tiles(N: int, itemsize: int) -> Tiles:
+    """16 elements a thread: what this tile and the next one hold of s and dy, and two sums, take 123 registers (bf16).
 
-    Two programs of 256 threads (one of 512 for 8192 columns) then fill an SM's registers, with 32 KB of bf16 coming in
-    at any time; more programs would only add rows of partial sums.
+    512 threads then fill an SM, in programs of 128 as long as a row leaves the choice: they wait for one another's
+    reductions least, and 32 KB are always on their way. fp32 needs 138 registers, and one program less. More programs
+    than fit would run in a second wave, and every program adds a row of partial sums. itemsize: of s or weight, the
+    larger.
     """
     columns = _columns(N)
-    if columns > _RESIDENT_BACKWARD:
+    if columns * itemsize > _RESIDENT_BACKWARD:  # 8192 columns beside anything in fp32 spill
         return Tiles(1, 4096, 8)
-    rows = max(1, _TILE // columns)
-    return Tiles(rows, columns, rows * columns // 512, programs=2 if columns <= _TILE else 1)
+    rows = max(1, 2048 // columns)
+    warps = rows * columns // 512
+    return Tiles(rows, columns, warps, programs=max(1, (16 if itemsize == 2 else 12) // warps))
 
 
 def _columns(N: int) -> int:

@@ -10,8 +10,9 @@ A None pointer leaves its step out of the kernel; RMS norm is the kernel without
 Backward, n = (s - mean) * rstd and g = dy * weight:  ds = rstd * (g - mean(g) - n * mean(g * n)) + dsummed,
 dweight = sum dy * n,  dbias = sum dy.  RMS norm has no mean(g).
 
-    norm_backward_rows    N <= 8192. Program k of G owns tiles k, k + G, ... of ROWS rows; it reads the next tile while
-                          it works on this one, and sums its rows' dy * n and dy in registers into row k of (G, N)
+    norm_backward_rows    N <= 8192 (4096 beside fp32). Program k of G owns tiles k, k + G, ... of ROWS rows; it reads
+                          the next tile while it works on this one, and sums its rows' dy * n and dy in registers into
+                          row k of (G, N)
     norm_backward_loop    any N. A program owns one row, read twice: its two means first, then ds
     norm_weight_partials  beside norm_backward_loop: program (k, b) of G x B sums COLUMNS columns over tiles k, k + G...
     norm_weight_sums      a program owns COLUMNS columns and sums the G rows of partial sums
