@@ -27,7 +27,7 @@ import triton.language as tl
 
 from transfuse.ops._triton import INTERPRETED, dot, kept, launch, precision, rounded
 from transfuse.ops._tuning import tuned
-from transfuse.ops.ffn.triton_tiles import Tiles, candidates, choose, parts
+from transfuse.ops.ffn.triton_tiles import Tiles, candidates, choose, parts, power_of_2
 
 
 class Matrix(NamedTuple):
@@ -248,7 +248,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 # --- kernels --------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["M", "K", "span", "layer", "splits", "threshold"])
+@triton.jit(do_not_specialize=["M", "K", "span", "splits", "threshold"])
 def _product(  # type: ignore[no-untyped-def]
     a,  # [M, K]
     b,  # [K, N]
@@ -261,7 +261,6 @@ def _product(  # type: ignore[no-untyped-def]
     N,
     K,
     span,  # whole BLOCK_K a split
-    layer,  # M N
     splits,
     threshold,
     scale,
@@ -304,19 +303,18 @@ def _product(  # type: ignore[no-untyped-def]
     else:
         at = partials + m[:, None] * N + n[None, :]
         inside = (m < M)[:, None] & (n < N)[None, :]
-        tl.store(at + split.to(tl.int64) * layer, c, mask=inside)
+        tl.store(at + split.to(tl.int64) * M * N, c, mask=inside)
         if GATED:
-            tl.store(at + (split + splits).to(tl.int64) * layer, g, mask=inside)
+            tl.store(at + (split + splits).to(tl.int64) * M * N, g, mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "layer", "splits", "threshold"])
+@triton.jit(do_not_specialize=["M", "splits", "threshold"])
 def _combine(  # type: ignore[no-untyped-def]
-    c_parts,  # [splits, M, N], one of them or fp32
+    c_parts,  # [splits, M, N]: partial sums of _product, or one matrix of any strides
     g_parts,  # the same or absent
     ends,
     M,
     N,
-    layer,  # stride of a split
     splits,
     threshold,
     scale,
@@ -334,7 +332,7 @@ def _combine(  # type: ignore[no-untyped-def]
     c = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     g = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for split in range(splits):
-        skipped = (tl.zeros([], tl.int64) + split) * layer
+        skipped = (tl.zeros([], tl.int64) + split) * M * N
         c += tl.load(_at(c_parts, m, n) + skipped, mask=inside, other=0.0).to(tl.float32)
         if GATED:
             g += tl.load(_at(g_parts, m, n) + skipped, mask=inside, other=0.0).to(tl.float32)
@@ -381,11 +379,11 @@ def product(
         launch(
             _product, -(-M // tiles.BLOCK_M) * -(-N // tiles.BLOCK_N) * splits,
             _matrix(a), _matrix(b), _matrix(b_gate), _matrix(a2), _matrix(b2), partials, end,
-            M, N, K, -(-K // (tiles.BLOCK_K * splits)), M * N, splits, *_dropout(dropout_p),
+            M, N, K, -(-K // (tiles.BLOCK_K * splits)), splits, *_dropout(dropout_p),
             device=device, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             BACKWARD=back, ACTIVATION=act, PRECISION=precision(a.dtype), M_UNIT=m_unit, K_UNIT=k_unit,
             BLOCK_M=tiles.BLOCK_M, BLOCK_N=tiles.BLOCK_N, BLOCK_K=tiles.BLOCK_K, GROUP_M=8,
-            PARTS=parts(tiles, kind, act),
+            PARTS=parts(tiles, kind, act, end.seed is not None),
         )  # fmt: skip
         total = None if end.sums is None else end.sums.sum(0)
         if partials is not None:
@@ -394,7 +392,7 @@ def product(
         found.append(total)
 
     chosen = choose(M, N, K, a.dtype, kind, device)
-    tuned("ffn_product", (kind, a.dtype, M, N, K), chosen, candidates(chosen), run, device)
+    tuned("ffn_product", (kind, a.dtype, power_of_2(M), N, power_of_2(K)), chosen, candidates(chosen), run, device)
     return found[-1]
 
 
@@ -408,21 +406,21 @@ def combine(
     dropout_p: float = 0.0,
     sums: bool = False,
 ) -> torch.Tensor | None:
-    """The end of a product over its parts, added in their order; c, g: (splits, M, N), any strides.
+    """The end of a product over its parts, added in their order; c, g: (splits, M, N), contiguous, or splits is 1.
 
     Returns:
         As :func:`product`.
     """
     splits, M, N = c.shape
-    # 16 rows a program would give many partial sums, 64 too few programs for few rows.
-    block_m, block_n = (8, 32) if INTERPRETED else (32, 128)
+    # Many rows a program leave few partial sums; of few rows none should be empty.
+    block_m, block_n = (8, 32) if INTERPRETED else (32, 128) if M > 32 else (4, 256)
     if sums:
         ends = ends._replace(sums=_room_for_sums(c, M, N, block_m))
     launch(
         _combine, -(-M // block_m) * -(-N // block_n),
         Matrix(c, c.stride(1), c.stride(2)),
         Matrix(None, 0, 0) if g is None else Matrix(g, g.stride(1), g.stride(2)),
-        ends, M, N, c.stride(0), splits, *_dropout(dropout_p),
+        ends, M, N, splits, *_dropout(dropout_p),
         device=c.device, num_warps=4, num_stages=1,
         BACKWARD=backward, ACTIVATION=activation, BLOCK_M=block_m, BLOCK_N=block_n,
     )  # fmt: skip

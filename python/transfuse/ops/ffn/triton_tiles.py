@@ -31,7 +31,7 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, kind: str, device: torch.
     if INTERPRETED:  # small, so that small tests have several tiles and splits
         return Tiles(32, 32, 32, 2 if M <= 16 and K >= 64 else 1, 4, 1)
     block_m, block_n, block_k, num_warps, num_stages = _blocks(M, dtype, kind, capability(device))
-    block_n, block_k = min(block_n, _power_of_2(N)), min(block_k, _power_of_2(K))
+    block_n, block_k = min(block_n, power_of_2(N)), min(block_k, power_of_2(K))
     programs = -(-M // block_m) * -(-N // block_n)
     # Few rows (or, summing over rows, small weights) leave processors without work: they get ranges of K.
     splits = max(1, min(multiprocessors(device) // max(programs, 1), K // max(_DEPTH, 2 * block_k), _MOST_SPLITS))
@@ -44,12 +44,12 @@ def _blocks(M: int, dtype: torch.dtype, kind: str, gpu: tuple[int, int]) -> tupl
     large = gpu in ((8, 0), (9, 0), (10, 0), (10, 3))  # 160 KiB and more of shared memory a block; others 99 KiB
     if dtype == torch.float32:
         if M <= 64:
-            return max(16, _power_of_2(M)), 32 if gated else 64, 32, 4, 3
+            return max(16, power_of_2(M)), 32 if gated else 64, 32, 4, 3
         # Each operand of three tf32 products is held twice in registers, so tiles are half as large as in 16 bits.
         return (128, 64, 32, 8, 3) if large and not gated else (64, 64, 32, 4, 3) if not gated else (64, 32, 32, 4, 3)
     if M <= 32:
         # All time goes into reading B: rows as few as there are, long stretches of K, many loads on their way.
-        return max(16, _power_of_2(M)), 32 if gated else 64, 128 if large else 64, 4, 4
+        return max(16, power_of_2(M)), 32 if gated else 64, 128 if large else 64, 4, 4
     if M <= 64:
         return 64, 64, 64, 4, 4 if large and not gated else 3
     if gpu >= (9, 0) and large:
@@ -60,24 +60,25 @@ def _blocks(M: int, dtype: torch.dtype, kind: str, gpu: tuple[int, int]) -> tupl
     return (128, 64, 32, 8, 4) if gated else (128, 128, 32, 8, 4)
 
 
-def parts(tiles: Tiles, kind: str, activation: str) -> int:
+def parts(tiles: Tiles, kind: str, activation: str, dropout: bool) -> int:
     """In how many stretches of columns a tile's end is done where it computes: more values at once spill registers."""
     if INTERPRETED or activation == "":
         return 1
-    elements = 32 if kind == "one" else 16  # a thread
+    elements = 32 if kind == "one" and not dropout else 16  # a thread
     return max(1, min(tiles.BLOCK_M * tiles.BLOCK_N // (32 * tiles.num_warps * elements), tiles.BLOCK_N // 16))
 
 
-def _power_of_2(size: int) -> int:
+def power_of_2(size: int) -> int:
     """The power of 2 at or above a size, at least 16, which is the least that tl.dot takes."""
     return max(16, 1 << max(size - 1, 0).bit_length())
 
 
 def candidates(chosen: Tiles) -> Sequence[Tiles]:
-    """What measuring may try in place of the choice: other shapes of about its size, depths and splits."""
+    """What measuring may try in place of the choice: other shapes of about its size, depths, stages and splits."""
     m, n, k, splits, warps, stages = chosen
-    shapes = {(m, n), (m, max(16, n // 2)), (max(16, m // 2), n), (max(16, m // 2), n * 2), (m * 2, max(16, n // 2))}
-    found = [Tiles(bm, bn, k, splits, warps, s) for bm, bn in sorted(shapes) for s in (stages, stages + 1)]
-    found += [chosen._replace(num_warps=4 if warps == 8 else 8), chosen._replace(BLOCK_K=max(16, k // 2))]
-    found += [chosen._replace(splits=s) for s in (1, 2, 4, 8) if s != splits and k * s * 2 <= 8192]
+    shapes = [(m, n // 2), (m // 2, n), (m // 2, n * 2), (m * 2, n // 2)]
+    found = [chosen._replace(BLOCK_M=bm, BLOCK_N=bn) for bm, bn in shapes if bm >= 16 and 16 <= bn <= 256]
+    found += [chosen._replace(BLOCK_K=bk) for bk in (k // 2, k * 2) if bk >= 16]
+    found += [chosen._replace(num_warps=12 - warps), chosen._replace(num_stages=stages + 1)]
+    found += [chosen._replace(splits=s) for s in (1, splits // 2, splits * 2) if s not in (0, splits)]
     return found
