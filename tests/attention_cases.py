@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from transfuse import attention, attention_weights
 
+T = TypeVar("T")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -56,6 +58,19 @@ FEATURES = [
     "lower_right-mask-sinks",
     "lower_right-mask-bias-alibi-window-softcap-sinks",
 ]
+
+
+EVERYTHING = FEATURES[-1]
+
+
+def quick_interpreted(points: Callable[[dict[str, Any]], bool]) -> Callable[[T], T]:
+    """Triton's interpreter takes long over a test's whole grid: there only points(params) are not marked slow."""
+
+    def remember(test: T) -> T:
+        test.quick_interpreted = points  # type: ignore[attr-defined]
+        return test
+
+    return remember
 
 
 def name_of(value: object) -> str:

@@ -41,10 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is slow in Triton's interpreter is marked so; opcheck's tests skip where its expecttest is missing."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         for item in items:
+            params = getattr(getattr(item, "callspec", None), "params", {})
             quick = getattr(getattr(item, "function", None), "quick_interpreted", None)
-            if quick is not None and item.callspec.params.get("backend") == "triton":  # type: ignore[attr-defined]
-                if not quick(item.callspec.params):  # type: ignore[attr-defined]
-                    item.add_marker(pytest.mark.slow)
+            if quick is not None and params.get("backend") == "triton" and not quick(params):
+                item.add_marker(pytest.mark.slow)
     if importlib.util.find_spec("expecttest") is None:
         for item in items:
             if "opcheck" in item.name:
