@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from transfuse.ops._triton import dot, kept, launch, precision, rounded
+from transfuse.ops._triton import dot, kept, launch, multiprocessors, precision, rounded
 from transfuse.ops._tuning import tuned
 from transfuse.ops.attention.triton_scores import (
     LN2,
@@ -81,7 +81,6 @@ def _run_of_keys(rule, q_len, length, first, split, splits, BLOCK_N: tl.constexp
 
 @triton.jit(
     do_not_specialize=[
-        "rule",
         "heads",
         "kv_heads",
         "q_len",
@@ -252,7 +251,7 @@ def decode_forward(
     if rows == 0:
         return out, lse
     group_rows = heads // kv_heads * q_len
-    slots = _PROGRAMS_PER_SM * processors(q.device)
+    slots = _PROGRAMS_PER_SM * multiprocessors(q.device)
 
     def run(tiles: Tiles) -> None:
         row_tiles = triton.cdiv(group_rows, tiles.BLOCK_M)
@@ -354,12 +353,6 @@ def candidates(chosen: Tiles) -> list[Tiles]:
     return found
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """SMs of a device; an H100's where nothing runs on one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def _most_keys_seen(variant: Variant, q_len: int, k_len: int) -> int:
     """How many keys the queries of one batch row can see, as far as the host knows."""
     if variant.left < 0 or variant.right < 0:
@@ -406,4 +399,4 @@ def use_splits(q: torch.Tensor, k: torch.Tensor) -> bool:
     if not few_rows(q, k) or k_len < 128:
         return False
     unsplit = batch * heads * triton.cdiv(q_len, _FORWARD_ROWS)
-    return (heads > kv_heads and q_len <= 16) or 2 * unsplit < _PROGRAMS_PER_SM * processors(q.device)
+    return (heads > kv_heads and q_len <= 16) or 2 * unsplit < _PROGRAMS_PER_SM * multiprocessors(q.device)
