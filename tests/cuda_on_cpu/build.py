@@ -45,9 +45,8 @@ FLAGS = [
 
 
 def compiler() -> str | None:
-    """The host's C++ compiler: $CXX, g++ or clang++; None if there is none."""
-    asked = os.environ.get("CXX", "")
-    return next((found for name in (asked, "g++", "clang++") if name and (found := shutil.which(name))), None)
+    """GCC, the compiler whose instrumentation the engine defines; None if it is not here."""
+    return shutil.which("g++")
 
 
 def why_not() -> str | None:
@@ -57,7 +56,7 @@ def why_not() -> str | None:
             f"the CUDA sources run on the CPU under Linux on x86-64 or aarch64, not {sys.platform} {platform.machine()}"
         )
     if compiler() is None:
-        return "running the CUDA sources on the CPU needs a C++ compiler (install g++)"
+        return "running the CUDA sources on the CPU needs GCC (install g++)"
     try:
         import pybind11  # noqa: F401
     except ImportError:

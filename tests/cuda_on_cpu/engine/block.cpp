@@ -22,6 +22,7 @@ namespace cuda_on_cpu {
 
 Block block;
 bool watching = false;
+unsigned char* stack_memory = nullptr;
 
 namespace {
 
@@ -32,11 +33,10 @@ std::string failure;  // empty while all is well
 const void* failed_instruction;
 constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11;
 
-unsigned char* stack_memory = nullptr;
-
 unsigned char* stacks() {  // of 1024 threads; only touched pages are backed by memory
   if (!stack_memory) {
-    void* mapped = mmap(nullptr, 1024 * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* mapped = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) throw std::runtime_error("cuda_on_cpu: no memory for the stacks of a block's threads");
     stack_memory = static_cast<unsigned char*>(mapped);
   }
@@ -81,8 +81,8 @@ std::string doing(const Thread& thread) {
 
 bool differ(const Thread& a, const Thread& b) {
   if (a.state != b.state) return true;
-  if (a.state == State::AtBarrier) return a.site.line != b.site.line || base_name(a.site.file) != base_name(b.site.file);
-  return a.state == State::AtMeeting && (a.mask != b.mask || strcmp(a.waits_for, b.waits_for) != 0);
+  if (a.state == State::AtBarrier) return a.site.line != b.site.line || strcmp(a.site.file, b.site.file) != 0;
+  return a.state == State::AtMeeting && (a.mask != b.mask || a.waits_for != b.waits_for);
 }
 
 // No thread can go on: name one that waits, and one that keeps it waiting.
@@ -161,8 +161,8 @@ std::string refuse(const cudaLaunchConfig_t& config, const void* kernel) {
     return text("a grid of (%u, %u, %u) blocks", g.x, g.y, g.z);
   }
   if (config.dynamicSmemBytes > static_cast<size_t>(shared_limit(kernel))) {
-    return text("%zu bytes of dynamic shared memory: without cudaFuncSetAttribute the limit is %d", config.dynamicSmemBytes,
-                shared_limit(kernel));
+    return text("%zu bytes of dynamic shared memory: without cudaFuncSetAttribute the limit is %d",
+                config.dynamicSmemBytes, shared_limit(kernel));
   }
   return "";
 }
@@ -181,11 +181,6 @@ std::string text(const char* format, ...) {
 std::string base_name(const char* path) {
   const char* slash = strrchr(path, '/');
   return slash ? slash + 1 : path;
-}
-
-bool on_fiber(const void* frame) {
-  const auto at = static_cast<const unsigned char*>(frame);
-  return at >= stack_memory && at < stack_memory + 1024 * kStackBytes;
 }
 
 std::string name_of(const Thread& thread) {
@@ -208,7 +203,9 @@ void fail(const char* format, ...) {
   vsnprintf(buffer, sizeof(buffer), format, arguments);
   va_end(arguments);
   const Thread& self = *block.current;
-  fail_at(nullptr, self.state == State::AtMeeting ? buffer + text(" [%s:%d]", base_name(self.site.file).c_str(), self.site.line) : buffer);
+  fail_at(nullptr, self.state == State::AtMeeting
+                       ? buffer + text(" [%s:%d]", base_name(self.site.file).c_str(), self.site.line)
+                       : buffer);
 }
 
 void run(const cudaLaunchConfig_t& config, const void* kernel, void (*entry)(void*), void* frame, size_t frame_bytes) {
@@ -235,8 +232,9 @@ void run(const cudaLaunchConfig_t& config, const void* kernel, void (*entry)(voi
     prepare_threads(static_cast<unsigned>(order.size()), blockDim);
     run_block(order, seed ? &random : nullptr);
     if (failure.empty()) continue;
-    throw std::runtime_error(text("cuda_on_cpu: %s: block (%u, %u, %u), ", name.c_str(), blockIdx.x, blockIdx.y, blockIdx.z) +
-                             failure + source_of(failed_instruction));
+    throw std::runtime_error(
+        text("cuda_on_cpu: %s: block (%u, %u, %u), ", name.c_str(), blockIdx.x, blockIdx.y, blockIdx.z) + failure +
+        source_of(failed_instruction));
   }
 }
 
@@ -263,13 +261,11 @@ void meet(const char* name, unsigned mask, void* operand, Act act, void* argumen
   if (!(mask >> lane & 1)) fail("%s with mask 0x%08x, which leaves out this lane (%d): add it", name, mask, lane);
 
   void* operands[32] = {};
-  bool complete = true;
-  for (int i = 0; i < 32; ++i) {
+  for (int i = 31; i >= 0; --i) {  // from the end: threads mostly come in order, so the first look tells
     if (!(mask >> i & 1)) continue;
-    complete = complete && i < count && !differ(self, lanes[i]);
-    if (complete) operands[i] = lanes[i].operand;
+    if (i >= count || differ(self, lanes[i])) return yield();
+    operands[i] = lanes[i].operand;
   }
-  if (!complete) return yield();
   if (act) act(operands, mask, argument);
   for (int i = 0; i < count; ++i) {
     if (mask >> i & 1) lanes[i].state = State::Ready;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cuda_runtime.h"
 #include "symbols.h"
 #include "tensors.h"
 
@@ -20,8 +21,11 @@ bool left_in_disorder = false;
 
 std::string shared_name(const void* address, const Symbol* variable) {
   const auto at = reinterpret_cast<uintptr_t>(address);
-  if (variable) return text("byte %zu of %s (%zu bytes, shared)", size_t(at - variable->begin), variable->name.c_str(), variable->size);
-  return text("byte %zu of dynamic shared memory (%zu bytes)", size_t(at - reinterpret_cast<uintptr_t>(dynamic_memory)), dynamic_bytes);
+  if (variable)
+    return text("byte %zu of %s (%zu bytes, shared)", size_t(at - variable->begin), variable->name.c_str(),
+                variable->size);
+  return text("byte %zu of dynamic shared memory (%zu bytes)", size_t(at - reinterpret_cast<uintptr_t>(dynamic_memory)),
+              dynamic_bytes);
 }
 
 std::string thread_name(int number) {
@@ -43,11 +47,13 @@ const char* wrong(const Cell& cell, Access kind, int me) {
   const bool written = cell.written >= block.began;
   if (kind == Access::CopyEnds) return nullptr;
   if (cell.written == Cell::kInFlight) {
-    return kind == Access::Read ? "reads %s before the cp.async of %s into it was waited for: cp_async_wait, then a barrier, must come first"
+    return kind == Access::Read ? "reads %s before the cp.async of %s into it was waited for: cp_async_wait, then a "
+                                  "barrier, must come first"
                                 : "writes %s while the cp.async of %s into it is in flight: wait for it first";
   }
   const bool reads = kind == Access::Read || kind == Access::Atomic;
-  if (reads && !written) return "reads %s, which no thread of this block has written yet: initialise it, or add the barrier that is missing";
+  if (reads && !written)
+    return "reads %s, which no thread of this block has written yet: initialise it, or add the barrier that is missing";
   if (written && !(kind == Access::Atomic && cell.writer == Cell::kAtomic) && !ordered(cell.written, cell.writer, me)) {
     return kind == Access::Read ? "race: reads %s, which %s wrote with no barrier between: add __syncthreads"
                                 : "race: writes %s, which %s wrote with no barrier between: add __syncthreads";
@@ -75,7 +81,8 @@ void record(Cell& cell, Access kind, uint16_t me) {
   }
 }
 
-void shared_access(Cell* cells, const void* address, size_t bytes, Access kind, const Symbol* variable, const void* instruction) {
+void shared_access(Cell* cells, const void* address, size_t bytes, Access kind, const Symbol* variable,
+                   const void* instruction) {
   const int me = block.number(*block.current);
   for (size_t i = 0; i < bytes; ++i) {
     if (const char* message = wrong(cells[i], kind, me)) {
@@ -102,7 +109,8 @@ const char* verb(Access kind) {
   const Unwatched scope;
   const auto at = static_cast<const unsigned char*>(address);
   const std::string where = is_shared(at) ? shared_name(at, shared_symbol(at)) : place(at, 1);
-  fail_at(instruction, text("misaligned %s at %s: its address must be a multiple of %zu bytes", what, where.c_str(), alignment));
+  fail_at(instruction,
+          text("misaligned %s at %s: its address must be a multiple of %zu bytes", what, where.c_str(), alignment));
 }
 
 }  // namespace
@@ -135,8 +143,6 @@ void atomic(void* address, size_t bytes, void (*update)(void*, void*), void* arg
 
 void access(const void* address, size_t bytes, Access kind, bool aligned, const void* instruction) {
   const auto at = static_cast<const unsigned char*>(address);
-  const unsigned char* stack = block.current->stack;
-  if (at >= stack && at < stack + kStackBytes) return;
   const Unwatched scope;
   if (aligned && reinterpret_cast<uintptr_t>(at) % bytes != 0) {
     misaligned(at, bytes, verb(kind), instruction);
@@ -151,8 +157,11 @@ void access(const void* address, size_t bytes, Access kind, bool aligned, const 
   }
   if (const Symbol* variable = shared_symbol(at)) {
     if (!variable->visible || reinterpret_cast<uintptr_t>(at) + bytes > variable->end()) {
-      fail_at(instruction, text("%zu-byte %s out of bounds at %s%s", bytes, verb(kind), shared_name(at, variable).c_str(),
-                                variable->visible ? "" : ", a variable of another function: a kernel declares its own and passes pointers"));
+      fail_at(
+          instruction,
+          text("%zu-byte %s out of bounds at %s%s", bytes, verb(kind), shared_name(at, variable).c_str(),
+               variable->visible ? ""
+                                 : ", a variable of another function: a kernel declares its own and passes pointers"));
     }
     const size_t offset = reinterpret_cast<uintptr_t>(at) - shared_symbols().front().begin;
     return shared_access(&static_cells[offset], at, bytes, kind, variable, instruction);
@@ -165,7 +174,13 @@ void access(const void* address, size_t bytes, Access kind, bool aligned, const 
 namespace {
 
 inline void hook(const void* address, size_t bytes, Access kind, bool aligned, const void* instruction) {
-  if (watching && on_fiber(__builtin_frame_address(0))) access(address, bytes, kind, aligned, instruction);
+  if (!watching || !on_fiber(__builtin_frame_address(0))) return;
+  const auto at = static_cast<const unsigned char*>(address);
+  // Most accesses are of local variables, or of threadIdx and its kin.
+  if (at >= block.current->stack && at < block.current->stack + kStackBytes) return;
+  if (at == reinterpret_cast<unsigned char*>(&threadIdx.x) || at == reinterpret_cast<unsigned char*>(&blockDim.x))
+    return;
+  access(address, bytes, kind, aligned, instruction);
 }
 
 struct SourceLocation {  // these two as the compiler lays them out
@@ -185,18 +200,18 @@ struct TypeMismatch {
 #define HOOK __attribute__((visibility("hidden")))
 extern "C" {
 
-#define SIZED(n)                                                                                                  \
-  HOOK void __tsan_read##n(void* address) {                                                                       \
-    cuda_on_cpu::hook(address, n, cuda_on_cpu::Access::Read, true, __builtin_return_address(0));                  \
-  }                                                                                                               \
-  HOOK void __tsan_write##n(void* address) {                                                                      \
-    cuda_on_cpu::hook(address, n, cuda_on_cpu::Access::Write, true, __builtin_return_address(0));                 \
-  }                                                                                                               \
-  HOOK void __tsan_unaligned_read##n(void* address) {                                                             \
-    cuda_on_cpu::hook(address, n, cuda_on_cpu::Access::Read, false, __builtin_return_address(0));                 \
-  }                                                                                                               \
-  HOOK void __tsan_unaligned_write##n(void* address) {                                                            \
-    cuda_on_cpu::hook(address, n, cuda_on_cpu::Access::Write, false, __builtin_return_address(0));                \
+#define SIZED(n)                                                                                   \
+  HOOK void __tsan_read##n(void* address) {                                                        \
+    cuda_on_cpu::hook(address, n, cuda_on_cpu::Access::Read, true, __builtin_return_address(0));   \
+  }                                                                                                \
+  HOOK void __tsan_write##n(void* address) {                                                       \
+    cuda_on_cpu::hook(address, n, cuda_on_cpu::Access::Write, true, __builtin_return_address(0));  \
+  }                                                                                                \
+  HOOK void __tsan_unaligned_read##n(void* address) {                                              \
+    cuda_on_cpu::hook(address, n, cuda_on_cpu::Access::Read, false, __builtin_return_address(0));  \
+  }                                                                                                \
+  HOOK void __tsan_unaligned_write##n(void* address) {                                             \
+    cuda_on_cpu::hook(address, n, cuda_on_cpu::Access::Write, false, __builtin_return_address(0)); \
   }
 SIZED(1)
 SIZED(2)
@@ -218,8 +233,9 @@ HOOK void __tsan_init() {}
 // -fsanitize=bounds: an index into an array whose length the compiler knows, in registers or in shared memory.
 HOOK void __ubsan_handle_out_of_bounds(cuda_on_cpu::SourceLocation* where, void* index) {
   if (!cuda_on_cpu::watching || !cuda_on_cpu::on_fiber(__builtin_frame_address(0))) return;
-  cuda_on_cpu::fail_at(nullptr, cuda_on_cpu::text("index %td is out of bounds of its array [%s:%u]", reinterpret_cast<intptr_t>(index),
-                                                  cuda_on_cpu::base_name(where->file).c_str(), where->line));
+  cuda_on_cpu::fail_at(
+      nullptr, cuda_on_cpu::text("index %td is out of bounds of its array [%s:%u]", reinterpret_cast<intptr_t>(index),
+                                 cuda_on_cpu::base_name(where->file).c_str(), where->line));
 }
 
 // -fsanitize=alignment: a vector access at an address that is no multiple of it. The compiler may split such an access

@@ -19,10 +19,18 @@ int source_lane(const Shuffled& ask, int lane) {
   const int first = lane & ~(ask.width - 1), last = first + ask.width - 1;
   int source = lane;
   switch (ask.kind) {
-    case Shuffle::Index: source = first + (ask.lane & (ask.width - 1)); break;
-    case Shuffle::Up: source = lane - ask.lane; break;
-    case Shuffle::Down: source = lane + ask.lane; break;
-    case Shuffle::Xor: source = lane ^ ask.lane; break;
+    case Shuffle::Index:
+      source = first + (ask.lane & (ask.width - 1));
+      break;
+    case Shuffle::Up:
+      source = lane - ask.lane;
+      break;
+    case Shuffle::Down:
+      source = lane + ask.lane;
+      break;
+    case Shuffle::Xor:
+      source = lane ^ ask.lane;
+      break;
   }
   // An xor may reach into earlier segments, as the ISA has it; the others stay within their own.
   const bool below = ask.kind != Shuffle::Xor && source < first;
@@ -34,7 +42,8 @@ void shuffle_all(void* const* operands, unsigned mask, void*) {
     auto* mine = static_cast<Shuffled*>(operands[lane]);
     if (!mine) continue;
     const int source = source_lane(*mine, lane);
-    if (!(mask >> source & 1)) fail("a shuffle reads lane %d, which its mask 0x%08x leaves out: the value is undefined", source, mask);
+    if (!(mask >> source & 1))
+      fail("a shuffle reads lane %d, which its mask 0x%08x leaves out: the value is undefined", source, mask);
     mine->result = static_cast<const Shuffled*>(operands[source])->bits;
   }
 }
@@ -45,7 +54,8 @@ constexpr const char* kVoteNames[] = {"__ballot_sync", "__all_sync", "__any_sync
 }  // namespace
 
 uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t bits, int lane, int width, Site site) {
-  if (width < 1 || width > 32 || (width & (width - 1))) fail("a shuffle's width must be a power of 2 up to 32, got %d", width);
+  if (width < 1 || width > 32 || (width & (width - 1)))
+    fail("a shuffle's width must be a power of 2 up to 32, got %d", width);
   Shuffled ask{kind, bits, 0, lane, width};
   meet(kShuffleNames[static_cast<int>(kind)], mask, &ask, shuffle_all, nullptr, site);
   return ask.result;
@@ -115,7 +125,8 @@ void multiply(void* const* operands, unsigned, void* argument) {
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
-    for (int i = 0; i < 4; ++i) static_cast<const MmaOperands*>(operands[lane])->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; ++i)
+      static_cast<const MmaOperands*>(operands[lane])->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
   }
 }
 
@@ -150,7 +161,8 @@ void load_matrices(void* const* operands, unsigned, void* argument) {
   const auto row_of = [&](int lane) { return static_cast<const LdmatrixOperands*>(operands[lane])->row; };
   for (int lane = 0; lane < 8 * shape.matrices; ++lane) {
     block.current = &lanes[lane];
-    if (reinterpret_cast<uintptr_t>(row_of(lane)) % 16) fail_at(shape.instruction, "misaligned: ldmatrix reads rows at multiples of 16 bytes");
+    if (reinterpret_cast<uintptr_t>(row_of(lane)) % 16)
+      fail_at(shape.instruction, "misaligned: ldmatrix reads rows at multiples of 16 bytes");
     if (!is_shared(row_of(lane))) fail_at(shape.instruction, "ldmatrix reads shared memory, and this address is not");
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -158,7 +170,8 @@ void load_matrices(void* const* operands, unsigned, void* argument) {
     for (int m = 0; m < shape.matrices; ++m) {
       uint16_t pair[2];
       for (int h = 0; h < 2; ++h) {
-        const int row = shape.transposed ? lane % 4 * 2 + h : lane / 4, column = shape.transposed ? lane / 4 : lane % 4 * 2 + h;
+        const int row = shape.transposed ? lane % 4 * 2 + h : lane / 4,
+                  column = shape.transposed ? lane / 4 : lane % 4 * 2 + h;
         const unsigned char* from = row_of(8 * m + row) + 2 * column;
         access(from, 2, Access::Read, true, shape.instruction);
         memcpy(&pair[h], from, 2);
@@ -192,7 +205,8 @@ void cp_async(void* shared, const void* global, int bytes, int read_bytes) {
   if (read_bytes) access(global, read_bytes, Access::Read, false, instruction);
   access(shared, bytes, Access::CopyBegins, true, instruction);
   Thread& self = *block.current;
-  self.copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes, read_bytes, self.open_group});
+  self.copies.push_back({static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes,
+                         read_bytes, self.open_group});
 }
 
 void cp_async_commit() { ++block.current->open_group; }

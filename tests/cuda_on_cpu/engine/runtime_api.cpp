@@ -32,7 +32,9 @@ cudaError_t cudaDriverGetVersion(int* version) {
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorInvalidValue ? "cudaErrorInvalidValue" : "an error"; }
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "cudaErrorInvalidValue" : "an error";
+}
 const char* cudaGetErrorString(cudaError_t) { return "from cuda_on_cpu's stand-in for the runtime"; }
 
 cudaError_t cudaGetDevice(int* device) {
@@ -42,13 +44,26 @@ cudaError_t cudaGetDevice(int* device) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 4; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = kSharedDefault; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kSharedOptIn; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = kSharedOptIn + 1024; break;
-    default: return cudaErrorInvalidValue;
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 8;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+      *value = kSharedDefault;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = kSharedOptIn;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = kSharedOptIn + 1024;
+      break;
+    default:
+      return cudaErrorInvalidValue;
   }
   return cudaSuccess;
 }
@@ -60,4 +75,3 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   shared_limits[function] = value;
   return cudaSuccess;
 }
-

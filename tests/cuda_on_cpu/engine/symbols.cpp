@@ -25,7 +25,9 @@ std::string demangled(const char* name) {
 }
 
 // "transfuse::norm::layer_norm_row<float>(Params)::sum_smem" -> "sum_smem"
-std::string last_part(const std::string& name) { return name.substr(name.rfind("::") == std::string::npos ? 0 : name.rfind("::") + 2); }
+std::string last_part(const std::string& name) {
+  return name.substr(name.rfind("::") == std::string::npos ? 0 : name.rfind("::") + 2);
+}
 
 struct Module {
   uintptr_t base = 0, begin = 0, end = 0;
@@ -48,14 +50,16 @@ struct Module {
     const auto* segments = reinterpret_cast<const Elf64_Phdr*>(image + header->e_phoff);
     begin = base;
     for (int i = 0; i < header->e_phnum; ++i) {
-      if (segments[i].p_type == PT_LOAD) end = std::max<uintptr_t>(end, base + segments[i].p_vaddr + segments[i].p_memsz);
+      if (segments[i].p_type == PT_LOAD)
+        end = std::max<uintptr_t>(end, base + segments[i].p_vaddr + segments[i].p_memsz);
     }
     const auto* sections = reinterpret_cast<const Elf64_Shdr*>(image + header->e_shoff);
     for (int i = 0; i < header->e_shnum; ++i) {
       if (sections[i].sh_type != SHT_SYMTAB) continue;
       const char* names = image + sections[sections[i].sh_link].sh_offset;
       const auto* symbols = reinterpret_cast<const Elf64_Sym*>(image + sections[i].sh_offset);
-      for (size_t s = 0; s < sections[i].sh_size / sizeof(Elf64_Sym); ++s) add(symbols[s], names + symbols[s].st_name, sections);
+      for (size_t s = 0; s < sections[i].sh_size / sizeof(Elf64_Sym); ++s)
+        add(symbols[s], names + symbols[s].st_name, sections);
     }
     std::sort(shared.begin(), shared.end(), [](const Symbol& a, const Symbol& b) { return a.begin < b.begin; });
   }
@@ -82,7 +86,7 @@ const std::vector<Symbol>& shared_symbols() { return module().shared; }
 
 const Symbol* shared_symbol(const void* address) {
   const auto at = reinterpret_cast<uintptr_t>(address);
-  const auto& all = module().shared;
+  static const auto& all = module().shared;
   auto after = std::upper_bound(all.begin(), all.end(), at, [](uintptr_t a, const Symbol& s) { return a < s.begin; });
   return after != all.begin() && at < (after - 1)->end() ? &*(after - 1) : nullptr;
 }

@@ -16,9 +16,9 @@ struct Symbol {
   uintptr_t end() const { return begin + size; }
 };
 
-const std::vector<Symbol>& shared_symbols();        // by address
-const Symbol* shared_symbol(const void* address);   // the variable that this address is in, or nullptr
+const std::vector<Symbol>& shared_symbols();       // by address
+const Symbol* shared_symbol(const void* address);  // the variable that this address is in, or nullptr
 void show_shared_symbols_of(const void* kernel);
-bool in_this_module(const void* address);           // code and data of this shared object
+bool in_this_module(const void* address);  // code and data of this shared object
 
 }  // namespace cuda_on_cpu

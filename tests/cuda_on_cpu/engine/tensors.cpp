@@ -81,8 +81,10 @@ struct Tensor {
     }
     if (shadow.empty()) return "";
     for (size_t i = at - begin; i < size_t(at - begin) + bytes; ++i) {
-      if (!(shadow[i] & kOwned)) return "out of bounds: between the elements of " + text() + ", at byte " + std::to_string(i);
-      if (reads && !(shadow[i] & kWritten)) return "reads byte " + std::to_string(i) + " of " + text() + ", which nothing has written";
+      if (!(shadow[i] & kOwned))
+        return "out of bounds: between the elements of " + text() + ", at byte " + std::to_string(i);
+      if (reads && !(shadow[i] & kWritten))
+        return "reads byte " + std::to_string(i) + " of " + text() + ", which nothing has written";
     }
     if (writes) memset(&shadow[at - begin], kOwned | kWritten, bytes);
     return "";
@@ -99,7 +101,8 @@ struct Tensor {
       ++missing;
       return false;
     });
-    return "output " + text() + " was left unwritten at (" + first + "), " + std::to_string(missing) + " elements in all";
+    return "output " + text() + " was left unwritten at (" + first + "), " + std::to_string(missing) +
+           " elements in all";
   }
 };
 
@@ -153,7 +156,9 @@ std::string place(const unsigned char* at, size_t bytes) {
     distance = away;
     nearest = &tensor;
   }
-  if (!nearest) return text("address %p, in no tensor of the call (list all that the kernel touches)", static_cast<const void*>(at));
+  if (!nearest)
+    return text("address %p, in no tensor of the call (list all that the kernel touches)",
+                static_cast<const void*>(at));
   if (at < nearest->begin) return text("%zu bytes before %s", size_t(nearest->begin - at), nearest->text().c_str());
   if (distance == 0) return text("byte %zu of %s", size_t(at - nearest->begin), nearest->text().c_str());
   return text("up to %zu bytes past the end of %s", distance, nearest->text().c_str());
@@ -179,7 +184,9 @@ Call::~Call() noexcept(false) {
   }
   registry.call = nullptr;
   registry.tensors.clear();
-  if (!error.empty()) throw std::runtime_error("cuda_on_cpu: " + std::string(op) + ": " + error + ": the kernel's grid or mask misses it");
+  if (!error.empty())
+    throw std::runtime_error("cuda_on_cpu: " + std::string(op) + ": " + error +
+                             ": the kernel's grid or mask misses it");
 }
 
 }  // namespace transfuse

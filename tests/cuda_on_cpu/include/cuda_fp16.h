@@ -26,22 +26,25 @@ inline float half_value(uint16_t bits) {
 }  // namespace cuda_on_cpu
 
 // The conversions and operators of both 16-bit types; each operator rounds once, as the hardware's does.
-#define CUDA_ON_CPU_FLOAT16(type, to_bits, to_value)                                               \
-  struct type {                                                                                    \
-    uint16_t raw;                                                                                  \
-    type() = default;                                                                              \
-    type(float value) : raw(to_bits(value)) {}                                                     \
-    operator float() const { return to_value(raw); }                                               \
-  };                                                                                               \
-  inline type operator+(type a, type b) { return type(float(a) + float(b)); }                      \
-  inline type operator-(type a, type b) { return type(float(a) - float(b)); }                      \
-  inline type operator*(type a, type b) { return type(float(a) * float(b)); }                      \
-  inline type operator/(type a, type b) { return type(float(a) / float(b)); }                      \
-  inline type operator-(type a) { a.raw ^= 0x8000u; return a; }                                    \
-  inline bool operator<(type a, type b) { return float(a) < float(b); }                            \
-  inline bool operator>(type a, type b) { return float(a) > float(b); }                            \
-  inline bool operator==(type a, type b) { return float(a) == float(b); }                          \
-  inline bool operator!=(type a, type b) { return float(a) != float(b); }                          \
+#define CUDA_ON_CPU_FLOAT16(type, to_bits, to_value)                          \
+  struct type {                                                               \
+    uint16_t raw;                                                             \
+    type() = default;                                                         \
+    type(float value) : raw(to_bits(value)) {}                                \
+    operator float() const { return to_value(raw); }                          \
+  };                                                                          \
+  inline type operator+(type a, type b) { return type(float(a) + float(b)); } \
+  inline type operator-(type a, type b) { return type(float(a) - float(b)); } \
+  inline type operator*(type a, type b) { return type(float(a) * float(b)); } \
+  inline type operator/(type a, type b) { return type(float(a) / float(b)); } \
+  inline type operator-(type a) {                                             \
+    a.raw ^= 0x8000u;                                                         \
+    return a;                                                                 \
+  }                                                                           \
+  inline bool operator<(type a, type b) { return float(a) < float(b); }       \
+  inline bool operator>(type a, type b) { return float(a) > float(b); }       \
+  inline bool operator==(type a, type b) { return float(a) == float(b); }     \
+  inline bool operator!=(type a, type b) { return float(a) != float(b); }     \
   struct alignas(4) type##2_pair { type x, y; };
 CUDA_ON_CPU_FLOAT16(__half, cuda_on_cpu::half_bits, cuda_on_cpu::half_value)
 

@@ -24,10 +24,10 @@
 // memory comes from device/shared_memory.h: `extern __shared__` cannot compile here.
 #define __shared__ static
 
-#define CUDA_ON_CPU_VECTOR(type, name, bytes)                                                      \
-  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                         \
-  struct alignas(bytes) name##4 { type x, y, z, w; };                                              \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                                 \
+#define CUDA_ON_CPU_VECTOR(type, name, bytes)                      \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
+  struct alignas(bytes) name##4 { type x, y, z, w; };              \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 CUDA_ON_CPU_VECTOR(float, float, 16)
 CUDA_ON_CPU_VECTOR(int, int, 16)
@@ -61,7 +61,9 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute at
 
 // Barriers, votes and shuffles.
 inline void __syncthreads(CUDA_ON_CPU_SITE) { cuda_on_cpu::block_barrier(CUDA_ON_CPU_HERE); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_SITE) { cuda_on_cpu::warp_barrier(mask, CUDA_ON_CPU_HERE); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, CUDA_ON_CPU_SITE) {
+  cuda_on_cpu::warp_barrier(mask, CUDA_ON_CPU_HERE);
+}
 inline unsigned __activemask() { return cuda_on_cpu::live_lanes(); }
 inline unsigned __ballot_sync(unsigned mask, bool predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::vote(cuda_on_cpu::Vote::Ballot, mask, predicate, CUDA_ON_CPU_HERE);
@@ -85,10 +87,10 @@ T shuffle_any(Shuffle kind, unsigned mask, T value, int lane, int width, Site si
 }
 }  // namespace cuda_on_cpu
 
-#define CUDA_ON_CPU_SHUFFLE(name, kind)                                                            \
-  template <typename T>                                                                            \
-  T name(unsigned mask, T value, int lane, int width = 32, CUDA_ON_CPU_SITE) {                     \
-    return cuda_on_cpu::shuffle_any(cuda_on_cpu::Shuffle::kind, mask, value, lane, width, CUDA_ON_CPU_HERE);   \
+#define CUDA_ON_CPU_SHUFFLE(name, kind)                                                                      \
+  template <typename T>                                                                                      \
+  T name(unsigned mask, T value, int lane, int width = 32, CUDA_ON_CPU_SITE) {                               \
+    return cuda_on_cpu::shuffle_any(cuda_on_cpu::Shuffle::kind, mask, value, lane, width, CUDA_ON_CPU_HERE); \
   }
 CUDA_ON_CPU_SHUFFLE(__shfl_sync, Index)
 CUDA_ON_CPU_SHUFFLE(__shfl_up_sync, Up)
@@ -112,11 +114,24 @@ T atomic_update(T* address, F update) {
   cuda_on_cpu::atomic(address, sizeof(T), run, &step);
   return step.before;
 }
-template <typename T> T atomicAdd(T* address, T value) { return atomic_update(address, [=](T old) { return T(old + value); }); }
-template <typename T> T atomicMax(T* address, T value) { return atomic_update(address, [=](T old) { return old < value ? value : old; }); }
-template <typename T> T atomicMin(T* address, T value) { return atomic_update(address, [=](T old) { return value < old ? value : old; }); }
-template <typename T> T atomicExch(T* address, T value) { return atomic_update(address, [=](T) { return value; }); }
-template <typename T> T atomicCAS(T* address, T expected, T value) {
+template <typename T>
+T atomicAdd(T* address, T value) {
+  return atomic_update(address, [=](T old) { return T(old + value); });
+}
+template <typename T>
+T atomicMax(T* address, T value) {
+  return atomic_update(address, [=](T old) { return old < value ? value : old; });
+}
+template <typename T>
+T atomicMin(T* address, T value) {
+  return atomic_update(address, [=](T old) { return value < old ? value : old; });
+}
+template <typename T>
+T atomicExch(T* address, T value) {
+  return atomic_update(address, [=](T) { return value; });
+}
+template <typename T>
+T atomicCAS(T* address, T expected, T value) {
   return atomic_update(address, [=](T old) { return old == expected ? value : old; });
 }
 inline unsigned atomicInc(unsigned* address, unsigned last) {
@@ -126,14 +141,23 @@ inline void __threadfence() {}
 inline void __threadfence_block() {}
 
 // Arithmetic. The approximate functions are the exact ones here: a kernel's error on a GPU is a GPU's to show.
-template <typename A, typename B> std::common_type_t<A, B> min(A a, B b) { return b < a ? b : a; }
-template <typename A, typename B> std::common_type_t<A, B> max(A a, B b) { return a < b ? b : a; }
+template <typename A, typename B>
+std::common_type_t<A, B> min(A a, B b) {
+  return b < a ? b : a;
+}
+template <typename A, typename B>
+std::common_type_t<A, B> max(A a, B b) {
+  return a < b ? b : a;
+}
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fsub_rn(float x, float y) { return x - y; }
-inline float __fmul_rn(float x, float y) { volatile float product = x * y; return product; }
+inline float __fmul_rn(float x, float y) {
+  volatile float product = x * y;
+  return product;
+}
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fsqrt_rn(float x) { return sqrtf(x); }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
@@ -162,8 +186,23 @@ inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
 
 // Cache hints change no value.
-template <typename T> T __ldg(const T* from) { return *from; }
-template <typename T> T __ldcs(const T* from) { return *from; }
-template <typename T> T __ldcg(const T* from) { return *from; }
-template <typename T> void __stcs(T* to, T value) { *to = value; }
-template <typename T> void __stcg(T* to, T value) { *to = value; }
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
+template <typename T>
+void __stcg(T* to, T value) {
+  *to = value;
+}

@@ -14,7 +14,8 @@ struct Site {
   int line;
 };
 #define CUDA_ON_CPU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
-#define CUDA_ON_CPU_HERE ::cuda_on_cpu::Site{file, line}
+#define CUDA_ON_CPU_HERE \
+  ::cuda_on_cpu::Site { file, line }
 
 // Runs entry(frame) for every thread of the grid. `frame` holds the kernel's parameters, which threads may read.
 // Throws std::runtime_error with everything it knows at the first thing a GPU would forgive or corrupt.

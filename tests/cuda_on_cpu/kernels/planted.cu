@@ -234,13 +234,32 @@ __global__ void ldmatrix_misaligned(const float* in, float* out, int n, int bug)
 
 using Kernel = void (*)(const float*, float*, int, int);
 #define NAMED(kernel) {#kernel, kernel}
-const std::map<std::string, Kernel> kernels = {
-    NAMED(read_past_end), NAMED(write_past_end), NAMED(read_before_start), NAMED(read_absent), NAMED(misaligned_vector),
-    NAMED(writes_an_input), NAMED(leaves_an_output), NAMED(reads_an_output), NAMED(register_index),
-    NAMED(static_shared_index), NAMED(dynamic_shared_index), NAMED(uninitialised_shared), NAMED(read_races),
-    NAMED(write_races), NAMED(warp_races), NAMED(atomic_races), NAMED(exits_before_barrier), NAMED(two_barriers),
-    NAMED(divergent_shuffle), NAMED(shuffle_without_itself), NAMED(shuffle_from_outside), NAMED(copy_without_wait),
-    NAMED(copy_waits_for_too_few), NAMED(copy_without_barrier), NAMED(copy_misaligned), NAMED(ldmatrix_misaligned)};
+const std::map<std::string, Kernel> kernels = {NAMED(read_past_end),
+                                               NAMED(write_past_end),
+                                               NAMED(read_before_start),
+                                               NAMED(read_absent),
+                                               NAMED(misaligned_vector),
+                                               NAMED(writes_an_input),
+                                               NAMED(leaves_an_output),
+                                               NAMED(reads_an_output),
+                                               NAMED(register_index),
+                                               NAMED(static_shared_index),
+                                               NAMED(dynamic_shared_index),
+                                               NAMED(uninitialised_shared),
+                                               NAMED(read_races),
+                                               NAMED(write_races),
+                                               NAMED(warp_races),
+                                               NAMED(atomic_races),
+                                               NAMED(exits_before_barrier),
+                                               NAMED(two_barriers),
+                                               NAMED(divergent_shuffle),
+                                               NAMED(shuffle_without_itself),
+                                               NAMED(shuffle_from_outside),
+                                               NAMED(copy_without_wait),
+                                               NAMED(copy_waits_for_too_few),
+                                               NAMED(copy_without_barrier),
+                                               NAMED(copy_misaligned),
+                                               NAMED(ldmatrix_misaligned)};
 
 }  // namespace
 

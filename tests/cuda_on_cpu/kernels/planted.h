@@ -21,7 +21,7 @@ void convert(const TensorView& from, const TensorView& to, const LaunchTarget& t
 void shuffles(const TensorView& in, const TensorView& out, int kind, int lane, int width, const LaunchTarget& target);
 void votes(const TensorView& in, const TensorView& out, const LaunchTarget& target);
 void run_mma(const std::string& kind, const TensorView& a, const TensorView& b, const TensorView& d,
-         const LaunchTarget& target);
+             const LaunchTarget& target);
 void run_ldmatrix(const TensorView& in, const TensorView& out, bool transposed, const LaunchTarget& target);
 
 void barriers(const TensorView& out, int rounds, const LaunchTarget& target);

@@ -139,7 +139,7 @@ void votes(const TensorView& in, const TensorView& out, const LaunchTarget& targ
 }
 
 void run_mma(const std::string& kind, const TensorView& a, const TensorView& b, const TensorView& d,
-         const LaunchTarget& target) {
+             const LaunchTarget& target) {
   const Call call("mma", {{"a", &a}, {"b", &b}, {"d", &d, Role::Updated}});
   if (kind == "tf32") {
     launch(call, target, dim3(1), dim3(32), 0, mma_tf32_kernel, a.as<float>(), b.as<float>(), d.as<float>());
@@ -153,7 +153,9 @@ void run_mma(const std::string& kind, const TensorView& a, const TensorView& b, 
 
 void run_ldmatrix(const TensorView& in, const TensorView& out, bool transposed, const LaunchTarget& target) {
   const Call call("ldmatrix", {{"in", &in}, {"out", &out, Role::Output}});
-  const auto kernel = in.sizes[0] == 1 ? ldmatrix_kernel<1> : in.sizes[0] == 2 ? ldmatrix_kernel<2> : ldmatrix_kernel<4>;
+  const auto kernel = in.sizes[0] == 1   ? ldmatrix_kernel<1>
+                      : in.sizes[0] == 2 ? ldmatrix_kernel<2>
+                                         : ldmatrix_kernel<4>;
   launch(call, target, dim3(1), dim3(32), 0, kernel, in.as<uint16_t>(), out.as<uint32_t>(), transposed);
 }
 

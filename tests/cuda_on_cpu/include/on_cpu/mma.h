@@ -16,7 +16,8 @@ void ldmatrix_transposed(uint32_t (&m)[MATRICES], const void* row, CUDA_ON_CPU_S
 }
 
 template <typename T>
-constexpr cuda_on_cpu::Matrix kMatrix = std::is_same_v<T, __half> ? cuda_on_cpu::Matrix::F16 : cuda_on_cpu::Matrix::BF16;
+constexpr cuda_on_cpu::Matrix kMatrix =
+    std::is_same_v<T, __half> ? cuda_on_cpu::Matrix::F16 : cuda_on_cpu::Matrix::BF16;
 
 template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], CUDA_ON_CPU_SITE) {
