@@ -260,16 +260,17 @@ def backward_tiles(N: int, itemsize: int) -> Tiles:
     """16 elements a thread: what this tile and the next one hold of s and dy, and two sums, take 123 registers (bf16).
 
     512 threads then fill an SM, in programs of 128 as long as a row leaves the choice: they wait for one another's
-    reductions least, and 32 KB are always on their way. fp32 needs 138 registers, and one program less. More programs
-    than fit would run in a second wave, and every program adds a row of partial sums. itemsize: of s or weight, the
-    larger.
+    reductions least, and 32 KB are always on their way. fp32, and rows narrower than a warp's 256 columns, take 138
+    registers and one program less. More programs than fit would run in a second wave, and every program adds a row of
+    partial sums. itemsize: of s or weight, the larger.
     """
     columns = _columns(N)
     if columns * itemsize > _RESIDENT_BACKWARD:  # 8192 columns beside anything in fp32 spill
         return Tiles(1, 4096, 8)
     rows = max(1, 2048 // columns)
     warps = rows * columns // 512
-    return Tiles(rows, columns, warps, programs=max(1, (16 if itemsize == 2 else 12) // warps))
+    resident = 16 if itemsize == 2 and columns >= 256 else 12  # warps
+    return Tiles(rows, columns, warps, programs=max(1, resident // warps))
 
 
 def _columns(N: int) -> int:
