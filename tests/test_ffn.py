@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from conftest import skip_unless
+from conftest import device_of, skip_unless
 from oracle import check
+from transfuse.backends import why_not
 from transfuse.errors import ArgumentError, BackendError, DeviceError, DtypeError
 from transfuse.ops._philox import keep_mask
 from transfuse.ops.ffn import ACTIVATIONS, _why_not, ffn, linear_act, reference
@@ -38,7 +39,7 @@ def inputs(rows, d, d_ff, dtype=torch.float32, device="cpu", *, gated=False, bia
 
 def run(tensors, backend, activation="gelu", **options):
     """Judge ffn and all its gradients against the formulas."""
-    skip_unless(_why_not(backend, "ffn", tensors["x"], tensors["w1"]))
+    skip_unless(_why_not(backend, "ffn", *tensors.values()))
     return check(
         lambda **kw: ffn(**kw, backend=backend),
         reference.ffn,
@@ -119,7 +120,7 @@ def test_strides(view, backend, device, poisoned):
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 def test_empty(rows, d, d_ff, gated, backend, device):
     tensors = inputs(rows, d, d_ff, device=device, gated=gated)
-    skip_unless(_why_not(backend, "ffn", tensors["x"], tensors["w1"]))
+    skip_unless(_why_not(backend, "ffn", *tensors.values()))
     leaves = {n: None if t is None else t.requires_grad_() for n, t in tensors.items()}
     out = ffn(**leaves, backend=backend)
     out.sum().backward()
@@ -177,18 +178,18 @@ def test_dropout_follows_the_generator(backend, device):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=_id)
-def test_dropout_of_the_registered_op_is_replayed_in_backward(dtype, gated):
-    seed, p = torch.tensor([123456789012345, 7]), 0.4
-    tensors = inputs((2, 5), 12, 30, dtype, gated=gated)
-    scale = keep_mask(seed, p, 1, 1, 10, 30, torch.device("cpu")).view(2, 5, 30).to(dtype) / (1 - p)
+def test_dropout_of_the_registered_op_is_replayed_in_backward(dtype, gated, backend, device, poisoned):
+    seed, p = torch.tensor([123456789012345, 7], device=device), 0.6
+    tensors = inputs((4, 9), 12, 83, dtype, device, gated=gated)
+    skip_unless(_why_not(backend, "ffn", *tensors.values()))
+    keep = keep_mask(seed, p, 1, 1, 36, 83, device).view(4, 9, 83)
 
     def op(x, w1, b1, w2, b2, w_gate):
-        return OPS.ffn(x, w1, b1, w2, b2, w_gate, "gelu", p, seed, True, "torch")[0]
+        return OPS.ffn(x, w1, b1, w2, b2, w_gate, "gelu", p, seed, True, backend)[0]
 
     def formula(**kw):
-        wide = kw["x"].dtype == torch.float64
-        exact = (scale != 0).double() / (1 - p)
-        return reference.ffn(**kw, activation="gelu", dropout_scale=exact if wide else scale)
+        scale = keep.to(kw["x"]) / (1 - p)
+        return reference.ffn(**kw, activation="gelu", dropout_scale=scale)
 
     check(op, formula, tensors, grads=[n for n, t in tensors.items() if t is not None])
 
@@ -272,27 +273,82 @@ def test_registered_ops_agree_with_the_reference(dtype, activation, gated):
     )
 
 
-def test_registered_op_saves_the_preactivations_alone():
-    t = inputs((8,), 4, 64, gated=True)
+def test_registered_op_saves_the_preactivations_alone(backend, device):
+    t = inputs((8,), 4, 64, device=device, gated=True)
     leaves = [t[n].requires_grad_() for n in ("x", *PARAMETERS)]
+    skip_unless(_why_not(backend, "ffn", *leaves))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
-        OPS.ffn(*leaves, "silu", 0.0, None, True, "torch")
+        out, up, gate = OPS.ffn(*leaves, "silu", 0.0, None, True, backend)
     assert sum(s.numel() for s in saved if s.shape == (8, 64)) == 2 * 8 * 64
+    torch.testing.assert_close(up, F.linear(t["x"], t["w1"], t["b1"]))
+    torch.testing.assert_close(gate, F.linear(t["x"], t["w_gate"]))
     with torch.no_grad():
-        assert [o.numel() for o in OPS.ffn(*leaves, "silu", 0.0, None, False, "torch")] == [32, 0, 0]
+        unsaved = OPS.ffn(*leaves, "silu", 0.0, None, False, backend)
+    assert [o.numel() for o in unsaved] == [32, 0, 0]
+    assert torch.equal(unsaved[0], out)
 
 
-@pytest.mark.parametrize("frozen", PARAMETERS)
-def test_frozen_parameters_get_no_gradient(frozen):
-    t = inputs((3,), 4, 6, gated=True)
-    leaves = {n: v if n == frozen else v.requires_grad_() for n, v in t.items()}
-    OPS.ffn(*(leaves[n] for n in ("x", *PARAMETERS)), "gelu", 0.0, None, True, "torch")[0].sum().backward()
-    got = {n: None if v.grad is None else v.grad.clone() for n, v in leaves.items()}
-    assert got.pop(frozen) is None
-    reference.ffn(**leaves).sum().backward()
-    for n, g in got.items():
-        torch.testing.assert_close(2 * g, leaves[n].grad)
+@pytest.mark.parametrize("rows, d", [(2, 72), (40, 24)], ids=["split", "whole"])
+def test_the_same_bits_every_time(rows, d, backend, device):
+    t = inputs((rows,), d, 70, device=device, gated=True)
+    skip_unless(_why_not(backend, "ffn", *t.values()))
+    leaves = [v.requires_grad_() for v in t.values()]
+    dout = torch.randn(rows, d, device=device)
+    first, second = (torch.autograd.grad(ffn(**t, backend=backend), leaves, dout) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_triton_with_torchs_matmul_for_what_is_not_fused(dtype, gated, monkeypatch, poisoned):
+    triton_impl = pytest.importorskip("transfuse.ops.ffn.triton_impl")
+    device = device_of("triton")
+    skip_unless(why_not("triton", device))
+    asked = []
+    monkeypatch.setattr(triton_impl, "use_cublas", lambda *shape: asked.append(shape[:3]) or True)
+    run(inputs((3, 7), 20, 44, dtype, device, gated=gated), "triton")
+    # out, dw2, dw1, and dw_gate or dx: the two products of the gated dx are one kernel
+    assert sorted(asked) == sorted([(21, 20, 44), (20, 44, 21), (44, 20, 21), (44, 20, 21) if gated else (21, 20, 44)])
+    run_linear(inputs((3, 7), 20, 44, dtype, device), "triton", "gelu")
+
+
+def test_triton_refuses_fp64():
+    t = inputs((2,), 4, 6, torch.float64)
+    skip_unless(why_not("triton", torch.device("cpu")))
+    with pytest.raises(BackendError, match=r"takes float32, float16 or bfloat16, not torch.float64"):
+        ffn(**t, backend="triton")
+    with pytest.raises(BackendError, match=r"linear_act: .*not torch.float64"):
+        linear_act(t["x"], t["w1"], None, backend="triton")
+
+
+def test_relu_of_infinities(backend, device):
+    x = torch.tensor([[float("-inf")], [float("inf")], [float("nan")], [-0.0], [2.0]], device=device)
+    w = torch.ones(1, 1, device=device)
+    skip_unless(_why_not(backend, "linear_act", x, w))
+    expected = torch.tensor([[0.0], [float("inf")], [float("nan")], [0.0], [2.0]], device=device)
+    torch.testing.assert_close(linear_act(x, w, None, "relu", backend=backend), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("trained", [*PARAMETERS, "x"])
+def test_frozen_parameters_get_no_gradient(trained, gated, backend, device, poisoned):
+    t = inputs((3,), 6, 8, device=device, gated=gated)
+    if t[trained] is None:
+        pytest.skip("not gated")
+    skip_unless(_why_not(backend, "ffn", *t.values()))
+    seed = torch.tensor([3, 4], device=device)
+    scale = keep_mask(seed, 0.5, 1, 1, 3, 8, device).view(3, 8) / 0.5
+    t[trained].requires_grad_()
+    out = OPS.ffn(*t.values(), "gelu", 0.5, seed, True, backend)[0]
+    (got,) = torch.autograd.grad(out.square().sum(), t[trained])
+    (expected,) = torch.autograd.grad(reference.ffn(**t, dropout_scale=scale).square().sum(), t[trained])
+    torch.testing.assert_close(got, expected)
+    untrained = [n for n, v in t.items() if v is not None and not v.requires_grad]
+    needs = [n == trained for n in t]
+    up, gate = OPS.ffn(*t.values(), "gelu", 0.5, seed, True, backend)[1:]
+    found = OPS.ffn_backward(out.detach(), *t.values(), up, gate, "gelu", 0.5, seed, needs, backend)
+    assert all(g.numel() == 0 for n, g in zip(t, found, strict=True) if n in untrained)
 
 
 def test_matches_torch():

@@ -413,7 +413,7 @@ def combine(
     """
     splits, M, N = c.shape
     # Many rows a program leave few partial sums; of few rows none should be empty.
-    block_m, block_n = (8, 32) if INTERPRETED else (32, 128) if M > 32 else (4, 256)
+    block_m, block_n = (8, 64) if INTERPRETED else (32, 128) if M > 32 else (4, 256)
     if sums:
         ends = ends._replace(sums=_room_for_sums(c, M, N, block_m))
     launch(

@@ -29,7 +29,7 @@ _DEPTH = 256
 def choose(M: int, N: int, K: int, dtype: torch.dtype, kind: str, device: torch.device) -> Tiles:
     """For (M, K) @ (K, N); kind: "one" accumulator, "gated" (two), "backward" (one, and what was saved)."""
     if INTERPRETED:  # small, so that small tests have several tiles and splits
-        return Tiles(32, 32, 32, 2 if M <= 16 and K >= 64 else 1, 4, 1)
+        return Tiles(32, 64, 32, 2 if M <= 16 and K >= 64 else 1, 4, 1)
     block_m, block_n, block_k, num_warps, num_stages = _blocks(M, dtype, kind, capability(device))
     block_n, block_k = min(block_n, power_of_2(N)), min(block_k, power_of_2(K))
     programs = -(-M // block_m) * -(-N // block_n)
