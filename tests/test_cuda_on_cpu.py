@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 import time
 from types import ModuleType
 
@@ -15,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import skip_unless
+import transfuse
+from conftest import cuda_on_cpu, skip_unless
 from cuda_on_cpu import build
 from transfuse import _extension
 
@@ -122,8 +126,8 @@ def test_a_launch_that_a_gpu_refuses(module: ModuleType) -> None:
     x = torch.zeros(2000)
     with pytest.raises(RuntimeError, match=r"a GPU refuses a block of \(2000, 1, 1\) threads"):
         module.run("read_past_end", False, view(x), view(x.clone()), 2000, 0, TARGET)
-    with pytest.raises(RuntimeError, match=r"a GPU refuses 50000 bytes of dynamic shared memory: .* limit is 49152"):
-        module.run("read_past_end", False, view(x), view(x.clone()), 32, 50_000, TARGET)
+    with pytest.raises(RuntimeError, match=r"shared memory failed with cudaErrorInvalidValue"):
+        module.run("read_past_end", False, view(x), view(x.clone()), 32, 164 * 1024, TARGET)  # sm_80 has 163 KB
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
@@ -256,6 +260,52 @@ def test_copies_arrive_in_the_order_of_their_groups(module: ModuleType) -> None:
     module.copies(view(x), view(out), TARGET)
     assert torch.equal(out[:, :64], x[:, :64])
     assert not out[:, 64:].any()  # read_bytes = 0
+
+
+# --- the extension's own kernels --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_on_cpu(monkeypatch)
+
+
+@pytest.mark.usefixtures("extension")
+@pytest.mark.parametrize("hidden", [96, 3000])
+def test_no_result_hangs_on_the_order_of_threads(hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, residual, weight = torch.randn(5, hidden).half(), torch.randn(5, hidden).half(), torch.randn(hidden)
+    in_order = transfuse.layer_norm(x, weight, None, residual=residual, backend="cuda")
+    for seed in ("1", "2"):
+        monkeypatch.setenv("TRANSFUSE_CUDA_ON_CPU_SEED", seed)
+        permuted = transfuse.layer_norm(x, weight, None, residual=residual, backend="cuda")
+        assert all(map(torch.equal, in_order, permuted))
+
+
+@pytest.mark.usefixtures("extension")
+def test_a_view_of_some_columns_leaves_the_others() -> None:
+    x, y, mean, rstd = torch.randn(3, 64), torch.empty(3, 64), torch.empty(3), torch.empty(3)
+
+    def launch(columns: int) -> None:
+        rows = [(t.data_ptr(), 0, (3, columns), (64, 1)) for t in (x, y)]
+        statistics = [(t.data_ptr(), 0, (3,), (1,)) for t in (mean, rstd)]
+        _extension.kernels().layer_norm_forward(rows[0], None, None, None, rows[1], None, *statistics, 1e-5, TARGET)
+
+    launch(64)
+    torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (64,)))
+    before = y.clone()
+    launch(40)  # a view of the first columns: the others stay as they were
+    torch.testing.assert_close(y[:, :40], torch.nn.functional.layer_norm(x[:, :40], (40,)))
+    assert torch.equal(y[:, 40:], before[:, 40:])
+
+
+def test_the_path_that_build_prints_serves_another_process() -> None:
+    skip_unless(build.why_not())
+    built = subprocess.run([sys.executable, build.__file__], capture_output=True, text=True, check=True)
+    call = "transfuse.layer_norm(torch.ones(2, 4), None, None, backend='cuda')"
+    code = f"import torch, transfuse; print({call}.sum().item())"
+    environment = {**os.environ, "TRANSFUSE_CUDA_ON_CPU": built.stdout.strip()}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "0.0", done.stderr
 
 
 # --- speed: a suite must afford it ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -94,6 +95,9 @@ def build(name: str = "_C", sources: Sequence[Path] | None = None) -> Path:
         new = target.with_suffix(".new")
         _run([command[0], "-shared", "-o", str(new), *map(str, objects), "-ldl"])
         new.rename(target)
+        for old in CACHE.glob("*/*.so"):
+            if old.stat().st_mtime < time.time() - 86400:
+                shutil.rmtree(old.parent, ignore_errors=True)
     return target
 
 
