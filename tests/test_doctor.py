@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from transfuse import _extension, doctor
-from transfuse.backends import NAMES
+from transfuse.backends import NAMES, backends
 from transfuse.cli import app
 
 GPU = {"index": 0, "name": "NVIDIA [H100]", "capability": "9.0", "memory_bytes": 80 * 2**30, "multiprocessors": 132}
@@ -46,7 +46,7 @@ def test_json_has_every_part(report):
     printed = json.loads(result.stdout)
     assert printed == json.loads(json.dumps(report)), "the same facts twice, and all of them plain data"
     assert set(printed) == {
-        "versions", "cpu", "gpus", "no_gpu", "extension", "backends", "chosen", "environment",
+        "versions", "cpu", "gpus", "no_gpu", "extension", "triton", "backends", "chosen", "environment",
     }  # fmt: skip
     assert [backend["name"] for backend in printed["backends"]] == list(NAMES)
     for backend in printed["backends"]:
@@ -143,6 +143,23 @@ def test_without_triton_it_says_how_to_get_it(monkeypatch):
     assert triton["remedy"] == "pip install triton"
     assert report["versions"]["triton"] is None
     assert "not there" in shown(report)
+
+
+def test_triton_is_described(report, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    facts = report["triton"]
+    assert facts["version"] == importlib.metadata.version("triton")
+    assert facts["interpreted"] is (os.environ.get("TRITON_INTERPRET") == "1")
+    assert os.access(facts["ptxas"], os.X_OK)
+    tool = tmp_path / "ptxas"
+    tool.touch(mode=0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tool))
+    monkeypatch.setenv("TRITON_INTERPRET", "true")
+    found = {b.name: b for b in backends()}["triton"]
+    assert (found.facts["ptxas"], found.facts["interpreted"]) == (str(tool), True)
+    assert found.usable
+    assert "interpreted on the CPU" in shown({**report, "triton": found.facts})
+    assert "nothing can be compiled" in shown({**report, "triton": {**facts, "ptxas": None}})
 
 
 def test_nvcc_is_found_on_path_and_its_version_read(monkeypatch, tmp_path):

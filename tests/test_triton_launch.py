@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import transfuse
+from attention_memory import Held, nothing_launched
 from conftest import device_of
 from transfuse.backends import why_not
 from transfuse.errors import ArgumentError, BackendError
@@ -338,3 +339,56 @@ def test_an_op_is_measured_with_its_gradient(file):
     torch.testing.assert_close(transfuse.rms_norm(x, w, backend="triton"), untuned)
     with pytest.raises(ArgumentError, match="backward=True, but no output depends"):
         transfuse.autotune(transfuse.rms_norm, x.detach(), w.detach(), backend="triton", backward=True)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def held(length: int, variant: str, backward: bool) -> Held:
+    """Of attention over so many tokens: beyond its arguments, outputs and gradients included."""
+    like = {"device": "meta", "dtype": torch.float16}
+    q, k, v = (torch.empty(1, heads, length, 64, **like, requires_grad=True) for heads in (8, 2, 2))
+    given: dict[str, object] = {
+        "plain": {"causal": True},
+        "dropout": {"dropout_p": 0.1},
+        "padding": {"mask": torch.empty(1, 1, 1, length, device="meta", dtype=torch.bool)},
+        "bias": {"bias": torch.empty(8, 1, length, **like, requires_grad=True)},
+        "scores": {
+            "alibi_slopes": torch.empty(8, device="meta", requires_grad=True),
+            "sinks": torch.empty(8, device="meta", requires_grad=True),
+            "softcap": 20.0,
+            "window": (128, 0),
+        },
+        "varlen": {"causal": True},
+    }[variant]
+    with Held() as held:
+        if variant == "varlen":
+            bounds = torch.empty(3, device="meta", dtype=torch.int32)
+            q, k, v = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))
+            out = transfuse.attention_varlen(q, k, v, bounds, bounds, length, length, backend="triton", **given)
+        else:
+            out = transfuse.attention(q, k, v, backend="triton", **given)
+        if backward:
+            out.backward(torch.empty_like(out))
+    return held
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("variant", ["plain", "dropout", "padding", "bias", "scores", "varlen"])
+def test_the_memory_of_attention_grows_with_its_length_and_not_with_its_square(variant, backward, monkeypatch):
+    with nothing_launched(monkeypatch.setattr):
+        short, long = held(4096, variant, backward), held(16384, variant, backward)
+    assert short.height > 4096 * 8 * 64 * 2, "not even the output was counted"
+    assert long.height <= 4.1 * short.height
+    assert long.largest <= 16384 * 8 * 64 * 4, "larger than the output in fp32"
+
+
+def test_the_counter_sees_a_square():
+    def scores(length):
+        with Held() as held:
+            q = torch.empty(length, 64, device="meta", requires_grad=True)
+            torch.softmax(q @ q.T, -1).sum().backward()
+        return held
+
+    assert scores(1024).height >= 3 * 1024**2 * 4
+    assert scores(4096).height >= 15 * scores(1024).height

@@ -3,12 +3,14 @@
 As a program (in a process of its own, since kernels are compiled in it and not interpreted) it reads JSON lines
 [case, dtype, [major, minor]] and answers each with a line: what :func:`examined` tells about each kernel, or
 {"error": ...}. The line "list" is answered with the names of the kernels there are.
+`python tests/triton_kernels.py table > docs/kernels.md` writes the page that shows what each kernel takes.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import pkgutil
 import re
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -186,7 +188,41 @@ def examined(kernel: Any) -> dict[str, Any]:
     }
 
 
+PAGE = """# What each Triton kernel takes of a GPU
+
+Registers of a thread / bytes of shared memory of a block / warps of a block, as compiled by Triton {version} for sm_80
+(A100) and sm_90 (H100); "spills" stands where registers had to be kept in memory. One row for each kernel of a call, in
+{dtype}; `python tests/triton_kernels.py table > docs/kernels.md` writes this page, without a GPU. The calls are CASES of
+that file. tests/test_triton_compiled.py holds the kernels to: no spills, tensor cores for every matrix product, 16-byte
+loads where the tensors allow.
+
+| call | kernel | sm_80 | sm_90 |
+|---|---|---|---|"""
+
+
+def table(dtype: str = "float16") -> Iterator[str]:
+    """The lines of docs/kernels.md."""
+    import triton
+
+    yield PAGE.format(version=triton.__version__, dtype=dtype)
+    for case in CASES:
+        both = [compile_case(case, getattr(torch, dtype), gpu) for gpu in ((8, 0), (9, 0))]
+        for kernels in itertools.zip_longest(*both):
+            name = next(kernel["kernel"] for kernel in kernels if kernel)
+            cells = ["" if kernel is None else _taken(kernel) for kernel in kernels]
+            yield f"| {case} | {name.removeprefix('transfuse.ops.')} | {' | '.join(cells)} |"
+
+
+def _taken(kernel: dict[str, Any]) -> str:
+    spills = " spills" if kernel["spilled_bytes"] else ""
+    return f"{kernel['registers']} / {kernel['shared_bytes']} / {kernel['warps']}{spills}"
+
+
 def main() -> None:
+    if sys.argv[1:] == ["table"]:
+        for row in table():
+            print(row, flush=True)
+        return
     for line in sys.stdin:
         asked = json.loads(line)
         try:

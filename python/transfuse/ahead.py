@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -203,13 +202,14 @@ def _resources(cubin: bytes) -> tuple[int | None, int | None]:
     """Registers and bytes of local memory of one thread."""
     import triton
 
-    tool = Path(triton.knobs.nvidia.cuobjdump.path)
-    if not tool.is_file():
+    try:
+        tool = triton.knobs.nvidia.cuobjdump.path
+    except RuntimeError:
         return None, None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
+        command = [tool, "--dump-resource-usage", file.name]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", said)}
     return used["REG"], used["STACK"] + used["LOCAL"]

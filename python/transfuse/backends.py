@@ -9,6 +9,7 @@ silently replaced. The automatic choice is logged once per op and reason at INFO
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -127,7 +128,7 @@ def _cannot_run_on(name: str, device_type: str, index: int | None) -> tuple[str,
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed", "pip install triton"
-        if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        if device_type == "cuda" or _interpreted():
             return None
         return (
             f"Triton kernels need CUDA tensors, these are on {device_type}",
@@ -141,6 +142,33 @@ def _cannot_run_on(name: str, device_type: str, index: int | None) -> tuple[str,
     if device_type == "cuda":
         return _gpu_cannot_run_extension(index)
     return f"CUDA kernels need CUDA tensors, these are on {device_type}", "move the tensors to a GPU"
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter: what it takes for a yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _triton_facts() -> dict[str, Any]:
+    """Triton's version, whether it interprets, and the assembler it compiles with; nothing where it is missing."""
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return {}
+    versions = [d.version for d in map(_distribution, ("triton", "pytorch-triton")) if d is not None]
+    own = os.path.join(os.path.dirname(spec.origin), "backends", "nvidia", "bin", "ptxas")
+    found = [path for path in (os.environ.get("TRITON_PTXAS_PATH"), own) if path and os.access(path, os.X_OK)]
+    return {
+        "version": versions[0] if versions else None,
+        "interpreted": _interpreted(),
+        "ptxas": found[0] if found else None,
+    }
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
@@ -229,6 +257,6 @@ def backends() -> list[BackendStatus]:
     for name in NAMES:
         against = _cannot_run_on(name, device_type, None)
         reason, remedy = against or (None, None)
-        facts = _extension.info() if name == "cuda" else {}
+        facts = {"cuda": _extension.info, "triton": _triton_facts}.get(name, dict)()
         found.append(BackendStatus(name, against is None, reason, remedy, facts))
     return found

@@ -44,8 +44,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         ``versions`` {name: version or None}, ``cpu``, ``gpus`` [{...}], ``no_gpu`` (why there is none, or None),
-        ``extension``, ``backends`` [{name, usable, reason, remedy, tested}], ``chosen`` {backend, device, why, problem}
-        and ``environment`` (variables that matter and are set).
+        ``extension``, ``triton`` {version, interpreted, ptxas}, ``backends`` [{name, usable, reason, remedy, tested}],
+        ``chosen`` {backend, device, why, problem} and ``environment`` (variables that matter and are set).
 
     >>> report = examine()
     >>> [b["name"] for b in report["backends"]]
@@ -53,13 +53,15 @@ def examine() -> dict[str, Any]:
     """
     found = _attempt(_gpus)
     gpus, no_gpu = ([], found) if isinstance(found, str) else found
-    statuses = [_backend(status) for status in _statuses()]
+    known = _statuses()
+    statuses = [_backend(status) for status in known]
     return {
         "versions": _versions(),
         "cpu": _cpu(),
         "gpus": gpus,
         "no_gpu": no_gpu,
         "extension": _extension_facts(),
+        "triton": next(status.facts for status in known if status.name == "triton"),
         "backends": statuses,
         "chosen": _chosen(statuses, bool(gpus)),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)},
@@ -291,6 +293,13 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     extension = {name.replace("_", " "): value for name, value in known.items()}
     if isinstance(size := extension.pop("size bytes", None), int):
         extension["size"] = f"{size / 1e6:.1f} MB"
+    triton = report["triton"] and {
+        "version": report["triton"]["version"] or "unknown",
+        "kernels are": "interpreted on the CPU (TRITON_INTERPRET is set)"
+        if report["triton"]["interpreted"]
+        else "compiled",
+        "ptxas": report["triton"]["ptxas"] or "not there: nothing can be compiled for an NVIDIA GPU",
+    }
     sections = [
         ("GPU", gpus),
         (
@@ -298,6 +307,7 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
             {"machine": cpu["machine"], "threads": f"{cpu['threads']} on {cores}", "instructions": cpu["instructions"]},
         ),
         ("CUDA extension", extension),
+        *([("Triton", triton)] if triton else []),
         ("versions", {name: version or "not there" for name, version in report["versions"].items()}),
     ]
     return [*sections, ("environment", report["environment"])] if report["environment"] else sections
