@@ -32,12 +32,20 @@ class DeviceGuard {
   bool restore_ = false;
 };
 
+constexpr size_t kSharedBytesByDefault = 48 << 10;
+
 // Launches `kernel` on `target` and throws if the launch is refused. Errors inside a running kernel surface, as
 // always in CUDA, at the next synchronisation.
 template <typename... Params, typename... Args>
 void launch(const Call& call, const LaunchTarget& target, dim3 grid, dim3 block, size_t shared_bytes,
             void (*kernel)(Params...), Args&&... args) {
   DeviceGuard guard(target.device, call);
+  if (shared_bytes > kSharedBytesByDefault) {
+    // Of this kernel on this device; a kernel always asks for the same, so no other thread lowers it.
+    const int bytes = static_cast<int>(shared_bytes);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), call,
+               "raising the limit of shared memory");
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

@@ -30,6 +30,10 @@ def implementation(backend: str) -> ModuleType:
         from transfuse.ops.attention import triton_impl
 
         return triton_impl
+    if backend == "cuda":
+        from transfuse.ops.attention import cuda_impl
+
+        return cuda_impl
     return torch_impl
 
 
@@ -43,8 +47,6 @@ def why_not(backend: str, op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     """Why a backend cannot take this call, with the remedy, or None."""
     if backend in ("torch", "reference"):
         return None
-    if backend == "cuda":
-        return f"there is no {backend} kernel for {op} (use backend='torch')"
     reason: str | None = implementation(backend).why_not(op, q, k, v, variant)
     return reason
 
