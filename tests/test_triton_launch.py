@@ -390,5 +390,5 @@ def test_the_counter_sees_a_square():
             torch.softmax(q @ q.T, -1).sum().backward()
         return held
 
-    assert scores(1024).height >= 3 * 1024**2 * 4
+    assert scores(1024).height >= 2 * 1024**2 * 4  # the probabilities and their gradient
     assert scores(4096).height >= 15 * scores(1024).height

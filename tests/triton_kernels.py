@@ -192,9 +192,9 @@ PAGE = """# What each Triton kernel takes of a GPU
 
 Registers of a thread / bytes of shared memory of a block / warps of a block, as compiled by Triton {version} for sm_80
 (A100) and sm_90 (H100); "spills" stands where registers had to be kept in memory. One row for each kernel of a call, in
-{dtype}; `python tests/triton_kernels.py table > docs/kernels.md` writes this page, without a GPU. The calls are CASES of
-that file. tests/test_triton_compiled.py holds the kernels to: no spills, tensor cores for every matrix product, 16-byte
-loads where the tensors allow.
+{dtype}. `python tests/triton_kernels.py table > docs/kernels.md` writes this page, without a GPU; the calls are CASES
+of that file. tests/test_triton_compiled.py holds the kernels to: no spills, tensor cores for every matrix product,
+16-byte loads where the tensors allow.
 
 | call | kernel | sm_80 | sm_90 |
 |---|---|---|---|"""
