@@ -145,7 +145,7 @@ def test_compiled_code_follows_the_choice():
         with transfuse.use_backend("triton"):
             torch.testing.assert_close(compiled(x), norm(x))
     else:
-        with pytest.raises(Exception, match="CUDA tensors|not installed"), transfuse.use_backend("triton"):
+        with pytest.raises(Exception, match=r"CUDA tensors|not installed"), transfuse.use_backend("triton"):
             compiled(x)
 
 
