@@ -41,4 +41,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("layer_norm_forward", &transfuse::layer_norm_forward, "x"_a, "residual"_a, "weight"_a, "bias"_a, "y"_a,
         "summed"_a, "mean"_a, "rstd"_a, "eps"_a, "target"_a, released());
+  m.def("causal_softmax_forward", &transfuse::causal_softmax_forward, "scores"_a, "mask"_a, "bias"_a, "out"_a,
+        "scale"_a, "query"_a, "diagonal"_a, "target"_a, released());
+  m.def("causal_softmax_backward", &transfuse::causal_softmax_backward, "dout"_a, "out"_a, "dscores"_a, "sums"_a,
+        "group_dims"_a, "members_a_chunk"_a, "scale"_a, "query"_a, "diagonal"_a, "target"_a, released());
 }

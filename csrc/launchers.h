@@ -24,4 +24,21 @@ void layer_norm_forward(const TensorView& x,              // (M, N), columns con
                         const TensorView& rstd,           // (M), contiguous, float32
                         float eps, const LaunchTarget& target);
 
+// softmax(scale * scores + bias) over the keys that a query sees: mask (true = seen) and key <= i + diagonal, where i is
+// the index along row dimension `query` (0 if that is -1). All tensors have scores' sizes, stride 0 where broadcast.
+void causal_softmax_forward(const TensorView& scores,    // (rows..., N): float32, float16 or bfloat16
+                            const OptionalTensor& mask,  // (rows..., N): bool
+                            const OptionalTensor& bias,  // (rows..., N): scores' dtype or float32
+                            const TensorView& out,       // (rows..., N), keys contiguous, scores' dtype
+                            float scale, int query, int64_t diagonal, const LaunchTarget& target);
+
+// dlogits = out * (dout - sum(out * dout)), dscores = scale * dlogits. Rows are (groups..., members...), the first
+// `group_dims` dimensions and the others; sums[c, g] adds dlogits of the members of group g from c * members_a_chunk on.
+void causal_softmax_backward(const TensorView& dout,      // (rows..., N): float32, float16 or bfloat16
+                             const TensorView& out,       // (rows..., N), dout's dtype
+                             const TensorView& dscores,   // (rows..., N), keys contiguous, dout's dtype
+                             const OptionalTensor& sums,  // (chunks, groups, N or 1), contiguous, float32 or dout's
+                             int group_dims, int64_t members_a_chunk, float scale, int query, int64_t diagonal,
+                             const LaunchTarget& target);
+
 }  // namespace transfuse

@@ -1,4 +1,4 @@
-// Sums over the threads of a warp and of a block, in a fixed order: the same input gives the same bits every time.
+// Sums and maxima over a warp and over a block, in a fixed order: the same input gives the same bits every time.
 #pragma once
 
 namespace transfuse::device {
@@ -22,6 +22,23 @@ __device__ __forceinline__ float row_sum(float x, float* smem) {
   if (lane == 0) smem[warp] = x;
   __syncthreads();
   return warp_sum(lane < warps ? smem[lane] : 0.0f);
+}
+
+// Every lane gets the maximum; fmaxf passes over NaN. All 32 lanes must call.
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
+  return x;
+}
+
+// As row_sum, the maximum.
+__device__ __forceinline__ float row_max(float x, float* smem) {
+  x = warp_max(x);
+  if (blockDim.x == kWarp) return x;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) smem[warp] = x;
+  __syncthreads();
+  return warp_max(smem[lane < warps ? lane : 0]);
 }
 
 }  // namespace transfuse::device
