@@ -2,7 +2,7 @@
 
 As a program (in a process of its own, since kernels are compiled in it and not interpreted) it reads JSON lines
 [case, dtype, [major, minor]] and answers each with a line: what :func:`examined` tells about each kernel, or
-{"error": ...}. The line "list" is answered with the names of the kernels there are.
+{"error": ...}. The line "list" is answered with the kernels there are and those that each case launches.
 `python tests/triton_kernels.py table > docs/kernels.md` writes the page that shows what each kernel takes.
 """
 
@@ -144,6 +144,27 @@ def kernels_there_are() -> set[str]:
     return {name for name in found if name.rsplit(".")[-1] not in called}
 
 
+def launched(name: str) -> set[str]:
+    """Which kernels a case launches in half precision; nothing is compiled."""
+    from triton.runtime.jit import JITFunction
+
+    from transfuse.ops import _triton
+
+    found: set[str] = set()
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: found.add(f"{self.module}.{self.fn.__name__}")
+    function, args, kwargs, backward = CASES[name](torch.float16)
+    try:
+        with _triton.compiling():
+            outputs = function(*args, backend="triton", **kwargs)
+            if backward:
+                outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+                torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
+    finally:
+        JITFunction.run = run
+    return found
+
+
 def compile_case(name: str, dtype: torch.dtype, capability: tuple[int, int]) -> list[dict[str, Any]]:
     """What :func:`examined` says of each kernel of a case."""
     from transfuse import ahead
@@ -227,7 +248,7 @@ def main() -> None:
         asked = json.loads(line)
         try:
             if asked == "list":
-                answer: Any = sorted(kernels_there_are())
+                answer: Any = [sorted(kernels_there_are()), {name: sorted(launched(name)) for name in CASES}]
             else:
                 case, dtype, capability = asked
                 answer = compile_case(case, getattr(torch, dtype), tuple(capability))
