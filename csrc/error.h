@@ -45,7 +45,7 @@ class Call {
   const char* const op;
 
  private:
-  static constexpr int kMaxTensors = 16;
+  static constexpr int kMaxTensors = 32;
   NamedTensor tensors_[kMaxTensors];
   int count_ = 0;
 };

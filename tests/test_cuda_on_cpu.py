@@ -9,10 +9,10 @@ import functools
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,29 +24,55 @@ from cuda_on_cpu import build
 from transfuse import _extension
 
 NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int32: 3}  # csrc/tensor.h
-TARGET = (0, 0)
 
 
-@functools.cache
-def _module() -> ModuleType:
-    kernels = build.HERE / "kernels"
-    sources = [*sorted(kernels.glob("*.cu")), kernels / "bindings.cpp", build.ROOT / "csrc/error.cpp"]
-    spec = importlib.util.spec_from_file_location("_planted", build.build("_planted", sources))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class Kernels:
+    """The test kernels on one device. Tensors go there and come back, so that a test reads the same for both."""
+
+    def __init__(self, device: str) -> None:
+        folder = build.HERE / "kernels"
+        sources = [*sorted(folder.glob("*.cu")), folder / "bindings.cpp", build.ROOT / "csrc/error.cpp"]
+        path = build.build("_planted", sources) if device == "cpu" else build.build_for_gpu("_planted", sources)
+        spec = importlib.util.spec_from_file_location("_planted", path)
+        assert spec is not None
+        assert spec.loader is not None
+        self._module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self._module)
+        self._device = torch.device(device)
+
+    def __call__(self, name: str, *arguments: object) -> None:
+        there = [a.to(self._device) if isinstance(a, torch.Tensor) else a for a in arguments]
+        views = [view(a) if isinstance(a, torch.Tensor) else a for a in there]
+        getattr(self._module, name)(*views, _extension.target(self._device))
+        for here, result in zip(arguments, there, strict=True):
+            if isinstance(here, torch.Tensor) and isinstance(result, torch.Tensor) and result is not here:
+                here.copy_(result)
 
 
-@pytest.fixture
-def module() -> ModuleType:
-    skip_unless(build.why_not())
-    return _module()
+_kernels = functools.cache(Kernels)
 
 
 def view(tensor: torch.Tensor) -> _extension.View:
     return tensor.data_ptr(), NUMBERS[tensor.dtype], tuple(tensor.shape), tensor.stride()
+
+
+@pytest.fixture
+def engine() -> Kernels:
+    """The kernels on the CPU alone: what only the engine can do."""
+    skip_unless(build.why_not())
+    return _kernels("cpu")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """The kernels on the CPU, and the same ones on a GPU: both must give what the ISA says."""
+    if request.param == "cpu":
+        skip_unless(build.why_not())
+    elif not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    elif shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc, to build the same kernels for the GPU")
+    return _kernels(request.param)
 
 
 # --- each kind of bug -----------------------------------------------------------------------------------------------
@@ -92,52 +118,52 @@ BUGS = {  # kernel: threads a block, what the message says in whatever order thr
 }
 
 
-def run_planted(module: ModuleType, name: str, bug: bool, threads: int) -> torch.Tensor:
+def run_planted(engine: Kernels, name: str, bug: bool, threads: int) -> torch.Tensor:
     source, out = torch.randn(N), torch.full((N,), float("nan"))
-    module.run(name, bug, view(source), view(out), threads, 4 * threads, TARGET)
+    engine("run", name, bug, source, out, threads, 4 * threads)
     return out
 
 
 @pytest.mark.parametrize("seed", [None, "1"], ids=["in_order", "permuted"])
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug(name: str, seed: str | None, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planted_bug(name: str, seed: str | None, engine: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     if seed is not None:
         monkeypatch.setenv("TRANSFUSE_CUDA_ON_CPU_SEED", seed)
     threads, message = BUGS[name]
     with pytest.raises(RuntimeError, match=message) as caught:
-        run_planted(module, name, True, threads)
+        run_planted(engine, name, True, threads)
     if name != "leaves_an_output":  # found after the kernel
         where = rf"cuda_on_cpu: planted::.*{name}: block \(\d, 0, 0\), .*thread \(\d+, 0, 0\).*planted.cu:\d+"
         assert re.search(where, str(caught.value)), str(caught.value)
-    assert not run_planted(module, name, False, threads).isnan().any()
+    assert not run_planted(engine, name, False, threads).isnan().any()
 
 
-def test_the_gap_between_rows_is_out_of_bounds(module: ModuleType) -> None:
+def test_the_gap_between_rows_is_out_of_bounds(engine: Kernels) -> None:
     source, wide = torch.randn(4, 10), torch.zeros(4, 10)
-    module.run_rows(False, view(source[:, :7]), view(wide[:, :7]), TARGET)
+    engine("run_rows", False, source[:, :7], wide[:, :7])
     assert torch.equal(wide[:, :7], source[:, :7])
     with pytest.raises(RuntimeError, match=r"between the elements of out float32 \(4, 7\), at byte 28"):
-        module.run_rows(True, view(source), view(wide[:, :7]), TARGET)
+        engine("run_rows", True, source, wide[:, :7])
     with pytest.raises(RuntimeError, match=r"between the elements of in float32 \(4, 7\), at byte 28"):
-        module.run_rows(True, view(source[:, :7]), view(wide), TARGET)
+        engine("run_rows", True, source[:, :7], wide)
 
 
-def test_a_launch_that_a_gpu_refuses(module: ModuleType) -> None:
+def test_a_launch_that_a_gpu_refuses(engine: Kernels) -> None:
     x = torch.zeros(2000)
     with pytest.raises(RuntimeError, match=r"a GPU refuses a block of \(2000, 1, 1\) threads"):
-        module.run("read_past_end", False, view(x), view(x.clone()), 2000, 0, TARGET)
+        engine("run", "read_past_end", False, x, x.clone(), 2000, 0)
     with pytest.raises(RuntimeError, match=r"shared memory failed with cudaErrorInvalidValue"):
-        module.run("read_past_end", False, view(x), view(x.clone()), 32, 164 * 1024, TARGET)  # sm_80 has 163 KB
+        engine("run", "read_past_end", False, x, x.clone(), 32, 164 * 1024)  # sm_80 has 163 KB
 
 
 # --- rounding -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_conversions_round_as_torch_does(dtype: torch.dtype, module: ModuleType) -> None:
+def test_conversions_round_as_torch_does(dtype: torch.dtype, kernels: Kernels) -> None:
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     wide = torch.empty(2**16)
-    module.convert(view(every), view(wide), TARGET)
+    kernels("convert", every, wide)
     assert torch.equal(wide.nan_to_num(123.0), every.float().nan_to_num(123.0))
 
     # Each value, the midpoint to its neighbour, and the floats on both sides of that; and random bits.
@@ -147,7 +173,7 @@ def test_conversions_round_as_torch_does(dtype: torch.dtype, module: ModuleType)
     bits = torch.randint(-(2**31), 2**31, (100_000,), dtype=torch.int64).to(torch.int32).view(torch.float32)
     x = torch.cat([step, *around, bits, torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, 65519.0, 65520.0])])
     narrow = torch.empty(x.shape, dtype=dtype)
-    module.convert(view(x), view(narrow), TARGET)
+    kernels("convert", x, narrow)
     expected = x.to(dtype)
     assert torch.equal(narrow.isnan(), expected.isnan())
     number = ~expected.isnan()
@@ -169,18 +195,18 @@ def shuffled(kind: int, lane: int, operand: int, width: int) -> int:
 
 @pytest.mark.parametrize("width", [32, 16, 4])
 @pytest.mark.parametrize("kind", range(4), ids=["index", "up", "down", "xor"])
-def test_shuffles(kind: int, width: int, module: ModuleType) -> None:
+def test_shuffles(kind: int, width: int, kernels: Kernels) -> None:
     x, out = torch.randn(32), torch.empty(32)
     for operand in (0, 1, 3, 8, 17):
-        module.shuffles(view(x), view(out), kind, operand, width, TARGET)
+        kernels("shuffles", x, out, kind, operand, width)
         assert torch.equal(out, x[[shuffled(kind, lane, operand, width) for lane in range(32)]])
 
 
 @pytest.mark.parametrize("lanes", [[], [0, 5, 31], list(range(32))], ids=["none", "some", "all"])
-def test_votes(lanes: list[int], module: ModuleType) -> None:
+def test_votes(lanes: list[int], kernels: Kernels) -> None:
     x, out = torch.zeros(32, dtype=torch.int32), torch.empty(4, 32, dtype=torch.int32)
     x[lanes] = 1
-    module.votes(view(x), view(out), TARGET)
+    kernels("votes", x, out)
     ballot = np.uint32(sum(1 << lane for lane in lanes)).astype(np.int32).item()
     for row, expected in zip(out, (ballot, len(lanes) == 32, len(lanes) > 0, 32), strict=True):
         assert torch.equal(row, torch.full_like(row, expected))
@@ -219,7 +245,7 @@ def fragments(matrix: torch.Tensor, count: int, place) -> torch.Tensor:  # type:
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "tf32"])
 @pytest.mark.parametrize("k", [16, 8])
-def test_mma(kind: str, k: int, module: ModuleType) -> None:
+def test_mma(kind: str, k: int, kernels: Kernels) -> None:
     if kind == "tf32" and k == 16:
         pytest.skip("the kernels use tf32 with K = 8 alone")
     shape = "tf32" if kind == "tf32" else f"k{k}"
@@ -232,22 +258,22 @@ def test_mma(kind: str, k: int, module: ModuleType) -> None:
     if kind != "tf32":  # element 0 in the low half
         a_registers, b_registers = a_registers.view(torch.int32), b_registers.view(torch.int32)
     d = fragments(c, 4, c_place)
-    module.mma(kind, view(a_registers), view(b_registers), view(d), TARGET)
+    kernels("mma", kind, a_registers, b_registers, d)
     assert torch.equal(d, fragments(a.float() @ b.float() + c, 4, c_place))
 
 
-def test_tf32_keeps_ten_bits_of_fraction(module: ModuleType) -> None:
+def test_tf32_keeps_ten_bits_of_fraction(kernels: Kernels) -> None:
     a, b, d = torch.zeros(32, 4), torch.zeros(32, 2), torch.zeros(32, 4)
     a[0, 0], b[0, 0] = 1 + 2**-11, 1.0  # a tie: away from zero
-    module.mma("tf32", view(a), view(b), view(d), TARGET)
+    kernels("mma", "tf32", a, b, d)
     assert d[0, 0] == 1 + 2**-10
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("matrices", [1, 2, 4])
-def test_ldmatrix(matrices: int, transposed: bool, module: ModuleType) -> None:
+def test_ldmatrix(matrices: int, transposed: bool, kernels: Kernels) -> None:
     tiles, out = torch.randn(matrices, 8, 8).half(), torch.empty(32, matrices, dtype=torch.int32)
-    module.ldmatrix(view(tiles), view(out), transposed, TARGET)
+    kernels("ldmatrix", tiles, out, transposed)
     for lane in range(32):
         for m in range(matrices):
             tile = tiles[m].T if transposed else tiles[m]
@@ -255,9 +281,9 @@ def test_ldmatrix(matrices: int, transposed: bool, module: ModuleType) -> None:
             assert torch.equal(out[lane, m : m + 1].view(torch.float16), pair)
 
 
-def test_copies_arrive_in_the_order_of_their_groups(module: ModuleType) -> None:
+def test_copies_arrive_in_the_order_of_their_groups(kernels: Kernels) -> None:
     x, out = torch.randn(2, 128), torch.empty(2, 128)
-    module.copies(view(x), view(out), TARGET)
+    kernels("copies", x, out)
     assert torch.equal(out[:, :64], x[:, :64])
     assert not out[:, 64:].any()  # read_bytes = 0
 
@@ -288,7 +314,7 @@ def test_a_view_of_some_columns_leaves_the_others() -> None:
     def launch(columns: int) -> None:
         rows = [(t.data_ptr(), 0, (3, columns), (64, 1)) for t in (x, y)]
         statistics = [(t.data_ptr(), 0, (3,), (1,)) for t in (mean, rstd)]
-        _extension.kernels().layer_norm_forward(rows[0], None, None, None, rows[1], None, *statistics, 1e-5, TARGET)
+        _extension.kernels().layer_norm_forward(rows[0], None, None, None, rows[1], None, *statistics, 1e-5, (0, 0))
 
     launch(64)
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (64,)))
@@ -311,12 +337,12 @@ def test_the_path_that_build_prints_serves_another_process() -> None:
 # --- speed: a suite must afford it ------------------------------------------------------------------------------------
 
 
-def test_a_barrier_of_256_threads_costs_microseconds(module: ModuleType) -> None:
+def test_a_barrier_of_256_threads_costs_microseconds(engine: Kernels) -> None:
     out = torch.empty(256)
     best = float("inf")
     for _ in range(5):
         begin = time.process_time()
-        module.barriers(view(out), 50, TARGET)  # 100 barriers
+        engine("barriers", out, 50)  # 100 barriers
         best = min(best, time.process_time() - begin)
     assert torch.equal(out, (torch.arange(256.0) + 50) % 256)
     assert best / 100 < 1e-3, f"{best / 100 * 1e6:.0f} us a barrier"

@@ -101,6 +101,19 @@ def build(name: str = "_C", sources: Sequence[Path] | None = None) -> Path:
     return target
 
 
+def build_for_gpu(name: str, sources: Sequence[Path]) -> Path:
+    """The same sources with nvcc for the GPU that is here, to compare both; built anew at each call."""
+    import pybind11
+
+    target = CACHE / "gpu" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    includes = [ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include")]
+    options = ["-std=c++17", "-O2", "-arch=native", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared"]
+    command = ["nvcc", *options, *(f"-I{path}" for path in includes), *_definitions()[1:]]
+    _run([*command, "-o", str(target), *map(str, sources), str(ROOT / "csrc/launch.cu")])
+    return target
+
+
 def _definitions() -> list[str]:
     version: dict[str, str] = {}
     exec((ROOT / "python/transfuse/_version.py").read_text(), version)

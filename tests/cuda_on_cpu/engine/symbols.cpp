@@ -112,7 +112,8 @@ std::string function_name(const void* function) {
   for (const auto& [address, name] : module().functions) {
     if (address != reinterpret_cast<uintptr_t>(function)) continue;
     const std::string full = demangled(name.c_str());
-    return full.substr(0, full.rfind('('));
+    const size_t begin = full.compare(0, 5, "void ") == 0 ? 5 : 0;  // templates show their return type
+    return full.substr(begin, full.rfind('(') - begin);
   }
   return "a kernel";
 }
