@@ -245,7 +245,7 @@ def bias_gradient(call: Call, batch: int, q: torch.Tensor, v: torch.Tensor, bias
             attention_backward_dbias,
             owners * splits,
             *call,
-            strided(partial[0]),
+            strided(partial[0])._replace(pointer=partial),
             bias.numel(),
             splits,
             bias.shape[1],
