@@ -134,7 +134,8 @@ void causal_softmax_forward(const TensorView& scores, const OptionalTensor& mask
                             const LaunchTarget& target) {
   const TensorView* m = mask ? &*mask : nullptr;
   const TensorView* b = bias ? &*bias : nullptr;
-  const Call call("causal_softmax_forward", {{"scores", &scores}, {"mask", m}, {"bias", b}, {"out", &out}});
+  const Call call("causal_softmax_forward",
+                  {{"scores", &scores}, {"mask", m}, {"bias", b}, {"out", &out, Role::Output}});
   check_first(scores, query, call);
   check_output(out, scores, call);
   if (m) check_like(*m, scores, DType::Bool, DType::Bool, call);
@@ -169,7 +170,12 @@ void causal_softmax_backward(const TensorView& dout, const TensorView& out, cons
                              const OptionalTensor& sums, int group_dims, int64_t members_a_chunk, float scale,
                              int query, int64_t diagonal, const LaunchTarget& target) {
   const TensorView* s = sums ? &*sums : nullptr;
-  const Call call("causal_softmax_backward", {{"dout", &dout}, {"out", &out}, {"dscores", &dscores}, {"sums", s}});
+  // The loop kernel adds member after member in `sums` itself.
+  const bool added_up = members_a_chunk > 1 && dout.sizes[dout.ndim - 1] > kMaxColumns<kBackwardElements<1>>;
+  const Call call("causal_softmax_backward", {{"dout", &dout},
+                                              {"out", &out},
+                                              {"dscores", &dscores, Role::Output},
+                                              {"sums", s, added_up ? Role::Workspace : Role::Output}});
   check_first(dout, query, call);
   check_like(out, dout, dout.dtype, dout.dtype, call);
   check_output(dscores, dout, call);

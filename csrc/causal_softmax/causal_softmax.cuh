@@ -220,8 +220,8 @@ enum BackwardTensor { kDout, kProbabilities, kDscores, kBackwardTensors };
 
 struct BackwardParams {
   Rows tensors[kBackwardTensors];  // (groups..., members..., N) T
-  void* sums;                      // (chunks, groups, N), or (chunks, groups) where bias is broadcast over keys: D; null
-  bool sum_keys;
+  void* sums;                      // (chunks, groups, N) D, or (chunks, groups) with sum_keys; null without a bias
+  bool sum_keys;                   // bias is broadcast over the keys
   Grid grid;       // dimensions of groups, then of members
   int group_dims;
   int64_t groups, members, members_a_chunk, chunks;
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kRowThreads<kBackwardElements<VEC>>)
   }
 }
 
-// sums = dlogits of a group's first member here, sums + dlogits of the others; a thread only meets what it wrote itself.
+// sums = dlogits of the first member in this chunk, sums + dlogits of the others. A thread meets its own columns alone.
 template <typename D, int VEC, typename Tile>
 __device__ __forceinline__ void add_to_sums(const Tile& tile, D* sums, float r, bool first) {
 #pragma unroll

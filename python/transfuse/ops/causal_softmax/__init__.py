@@ -1,8 +1,8 @@
 """Scale, mask, bias and softmax of attention scores as one op, for those who keep the scores.
 
 ``reference`` is the specification and ``torch_impl`` the plain-PyTorch path; this file validates once, picks, calls,
-and registers. A kernel module drops in as ``triton_impl`` or ``cuda_impl`` with ``why_not(scores, mask, bias)``,
-``causal_softmax_forward`` and ``causal_softmax_backward`` of torch_impl's signatures.
+and registers. The kernels, ``triton_impl`` and ``cuda_impl``, have ``why_not(scores, mask, bias)``,
+``causal_softmax_forward`` and ``causal_softmax_backward`` of torch_impl's signatures, and share ``rows`` on the host.
 """
 
 from __future__ import annotations
@@ -100,6 +100,10 @@ def _diagonal(scores: torch.Tensor, causal: bool | str) -> int | None:
 
 def _implementation(backend: str) -> ModuleType:
     """The implementation module of a kernel backend; imported here and not above so that CPU users never pay for it."""
+    if backend == "cuda":
+        from transfuse.ops.causal_softmax import cuda_impl
+
+        return cuda_impl
     if backend == "triton":
         from transfuse.ops.causal_softmax import triton_impl
 
@@ -110,8 +114,6 @@ def _implementation(backend: str) -> ModuleType:
 def _why_not(backend: str, scores: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
     if backend in ("torch", "reference"):
         return None
-    if backend == "cuda":
-        return "there is no cuda kernel for causal_softmax (use backend='torch')"
     return _implementation(backend).why_not(scores, mask, bias)
 
 

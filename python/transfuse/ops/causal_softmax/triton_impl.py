@@ -30,6 +30,7 @@ import triton.language as tl
 
 from transfuse.ops._triton import launch
 from transfuse.ops._tuning import tuned
+from transfuse.ops.causal_softmax import rows
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -40,7 +41,6 @@ _LENGTHS = ["rows", "groups", "members", "a_chunk", "k_len", "diagonal", "scale"
 MOST_COLUMNS = 16384
 """Longest row kept in registers: 32 fp32 of it a thread at 16 warps."""
 _TILE = 2048  # elements of a tile of short rows: 16 a thread at 4 warps
-_PROGRAMS = 1024  # wanted of a reduced bias: some 8 a multiprocessor, and a bound of the partial sums' memory
 
 
 class Rows(NamedTuple):
@@ -311,7 +311,7 @@ def why_not(scores: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor 
     return None
 
 
-def tiles(columns: int, rows: int) -> Tiles:
+def tiles(columns: int, count: int) -> Tiles:
     """What a program owns of so many rows of so many keys."""
     if columns > MOST_COLUMNS:
         # 16 elements a thread in flight; the second reading finds the row in L2.
@@ -321,7 +321,7 @@ def tiles(columns: int, rows: int) -> Tiles:
         # One row a program, 16 elements a thread: at 8192 keys 16 warps, beyond that 32 elements.
         return Tiles(1, width, min(16, width // 512))
     # Several short rows share a program, so that each of its threads still has 16 elements in flight.
-    height = min(_TILE // width, triton.next_power_of_2(max(rows, 1)))
+    height = min(_TILE // width, triton.next_power_of_2(max(count, 1)))
     return Tiles(height, width, max(1, min(4, height * width // 512)))
 
 
@@ -332,32 +332,33 @@ def causal_softmax_forward(
     out = torch.empty_like(scores, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    k_len, shape = scores.shape[-1], scores.shape[:-1]
-    given = [scores, *(None if t is None else t.expand(scores.shape) for t in (mask, bias)), out]
-    sizes, strides = _collapse(shape, [*(_row_strides(t, shape) for t in given), _query_strides(shape, diagonal)])
+    k_len, shape, dims = scores.shape[-1], scores.shape, scores.dim() - 1
+    given = [scores, *(None if t is None else t.expand(shape) for t in (mask, bias)), out]
+    unjoined = [*(rows.row_strides(t, dims) for t in given), rows.query_strides(dims, diagonal)]
+    sizes, strides = rows.join(shape[:-1], unjoined)
     views = [Rows(t, row, _column(t)) for t, row in zip(given, strides, strict=False)]
-    rows = shape.numel()
+    count = math.prod(sizes)
 
     def run(chosen: Tiles) -> None:
         launch(
             _forward_long if k_len > chosen.COLUMNS else _forward_rows,
-            triton.cdiv(rows, chosen.ROWS),
+            triton.cdiv(count, chosen.ROWS),
             *views,
             strides[-1],
             sizes,
-            rows,
+            count,
             k_len,
             diagonal,
             float(scale),
             device=scores.device,
             num_warps=chosen.num_warps,
-            INDEX=_index(rows),
+            INDEX=_index(count),
             ALIGN=_align(k_len, scores, views),
             ROWS=chosen.ROWS,
             COLUMNS=chosen.COLUMNS,
         )
 
-    _tuned("causal_softmax_forward", scores, rows, (mask is not None, bias is not None), run)
+    _tuned("causal_softmax_forward", scores, count, (mask is not None, bias is not None), run)
     return out
 
 
@@ -365,29 +366,26 @@ def causal_softmax_backward(
     dout: torch.Tensor, out: torch.Tensor, scale: float, diagonal: int | None, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dscores, dbias), contiguous; dbias like bias, summed in fp32 in a fixed order, and empty without a bias."""
-    dscores = torch.empty_like(out, memory_format=torch.contiguous_format)
     if out.numel() == 0:
-        return dscores, out.new_empty(0) if bias is None else _zeros_like(bias)
-    k_len, shape = out.shape[-1], out.shape[:-1]
-    # Row dimensions along which bias is broadcast hold the members of a group.
-    own = [1] * (out.dim() - bias.dim()) + list(bias.shape) if bias is not None else list(out.shape)
-    group = [d for d in range(len(shape)) if own[d] == shape[d]]
-    member = [d for d in range(len(shape)) if own[d] != shape[d]]
+        return rows.no_gradients(out, bias)
+    dscores = torch.empty_like(out, memory_format=torch.contiguous_format)
+    k_len, shape, dims = out.shape[-1], out.shape, out.dim() - 1
     given = [dout, out, dscores]
-    strides = [*(_row_strides(t, shape) for t in given), _query_strides(shape, diagonal)]
-    group_sizes, by_group = _collapse([shape[d] for d in group], [[s[d] for d in group] for s in strides])
-    member_sizes, by_member = _collapse([shape[d] for d in member], [[s[d] for d in member] for s in strides])
+    unjoined = [*(rows.row_strides(t, dims) for t in given), rows.query_strides(dims, diagonal)]
+    (group_sizes, by_group), (member_sizes, by_member) = (
+        rows.join([shape[d] for d in side], [[s[d] for d in side] for s in unjoined])
+        for side in rows.groups_and_members(shape, bias)
+    )
     groups, members = math.prod(group_sizes), math.prod(member_sizes)
 
-    a_chunk = _members_a_chunk(groups, members)
+    a_chunk = rows.members_a_chunk(groups, members)
     chunks = triton.cdiv(members, a_chunk)
-    sums = None
+    sums, bias_column = None, None
     if bias is not None:
-        in_place = chunks == 1 and (members == 1 or k_len <= MOST_COLUMNS)
-        dtype = bias.dtype if in_place else torch.float32
-        sums = torch.empty((chunks, *bias.shape), dtype=dtype, device=bias.device)
+        sums = rows.new_sums(bias, chunks, in_place=members == 1 or k_len <= MOST_COLUMNS)
+        bias_column = None if k_len == 1 or (bias.dim() and bias.shape[-1] > 1) else 0
     views = [Groups(t, g, m, _column(t)) for t, g, m in zip(given, by_group, by_member, strict=False)]
-    views.append(Groups(sums, (0,), (0,), 0 if bias is not None and own[-1] != k_len else None))
+    views.append(Groups(sums, (0,), (0,), bias_column))
 
     def run(chosen: Tiles) -> None:
         launch(
@@ -415,50 +413,13 @@ def causal_softmax_backward(
     _tuned("causal_softmax_backward", out, groups, (bias is not None, members > 1), run)
     if bias is None or sums is None:
         return dscores, out.new_empty(0)
-    # Few and in fp32: torch.sum, whose order is fixed too, costs nothing worth a kernel of our own.
-    return dscores, (sums[0] if chunks == 1 else sums.sum(0)).to(bias.dtype)
+    return dscores, rows.bias_gradient(bias, sums)
 
 
-def _tuned(op: str, x: torch.Tensor, rows: int, features: tuple[bool, ...], run: Any) -> None:
-    chosen = tiles(x.shape[-1], rows)
+def _tuned(op: str, x: torch.Tensor, count: int, features: tuple[bool, ...], run: Any) -> None:
+    chosen = tiles(x.shape[-1], count)
     others = [chosen._replace(num_warps=w) for w in (chosen.num_warps // 2, chosen.num_warps * 2) if 1 <= w <= 16]
     tuned(op, (x.dtype, triton.next_power_of_2(x.shape[-1]), *features), chosen, [chosen, *others], run, x.device)
-
-
-def _members_a_chunk(groups: int, members: int) -> int:
-    """How many members of a group one program goes through: at least 4, and as few as _PROGRAMS allows.
-
-    The partial sums are then no more than a quarter of the scores, nor than _PROGRAMS rows of them.
-    """
-    chunks = max(1, min(members // 4, triton.cdiv(_PROGRAMS, groups)))
-    return triton.cdiv(members, chunks)
-
-
-def _collapse(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
-    """Row dimensions with those of size 1 left out and neighbours joined where every tensor's strides allow it."""
-    joined: list[int] = []
-    steps: list[list[int]] = [[] for _ in strides]
-    for d, size in enumerate(sizes):
-        if size == 1:
-            continue
-        if joined and all(to[-1] == of[d] * size for to, of in zip(steps, strides, strict=True)):
-            joined[-1] *= size
-            for to, of in zip(steps, strides, strict=True):
-                to[-1] = of[d]
-        else:
-            joined.append(size)
-            for to, of in zip(steps, strides, strict=True):
-                to.append(of[d])
-    return tuple(joined) or (1,), [tuple(s) or (0,) for s in steps]
-
-
-def _row_strides(t: torch.Tensor | None, shape: Sequence[int]) -> Sequence[int]:
-    return [0] * len(shape) if t is None else t.stride()[:-1]
-
-
-def _query_strides(shape: Sequence[int], diagonal: int | None) -> Sequence[int]:
-    """The query's index as if it were a tensor; without a diagonal nobody asks, and its dimension may be joined."""
-    return [0] * (len(shape) - 1) + [0 if diagonal is None else 1]
 
 
 def _column(t: torch.Tensor | None) -> int | None:
@@ -475,10 +436,6 @@ def _align(k_len: int, x: torch.Tensor, views: Sequence[Rows] | Sequence[Groups]
     return align if all(s % align == 0 for s in (k_len, *steps)) else 1
 
 
-def _index(rows: int) -> Any:
+def _index(count: int) -> Any:
     """The type that numbers rows; divisions of 64 bits take a dozen times those of 32."""
-    return tl.int32 if rows < 2**31 - 2 * _TILE else tl.int64
-
-
-def _zeros_like(bias: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(bias, memory_format=torch.contiguous_format)
+    return tl.int32 if count < 2**31 - 2 * _TILE else tl.int64
