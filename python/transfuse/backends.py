@@ -14,7 +14,7 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -206,7 +206,13 @@ def why_not(name: str, device: torch.device) -> str | None:
     return None if found is None else f"{found[0]} ({found[1]})"
 
 
-def choose(op: str, device: torch.device, requested: str | None, op_why_not: Callable[[str], str | None]) -> str:
+def choose(
+    op: str,
+    device: torch.device,
+    requested: str | None,
+    op_why_not: Callable[[str], str | None],
+    order: Sequence[str] = AUTOMATIC,
+) -> str:
     """The backend one call runs on.
 
     Args:
@@ -214,6 +220,7 @@ def choose(op: str, device: torch.device, requested: str | None, op_why_not: Cal
         device: where its tensors are.
         requested: the call's ``backend=`` argument.
         op_why_not: given a backend that can run on this device, why it cannot take these arguments, or None.
+        order: what the automatic choice tries in turn on a device other than the CPU.
 
     Raises:
         BackendError: a backend asked for by name cannot run; the message names each reason and the remedy.
@@ -228,7 +235,7 @@ def choose(op: str, device: torch.device, requested: str | None, op_why_not: Cal
         _log_once(op, "torch", "the tensors are on the CPU")
         return "torch"
     against: list[str] = []
-    for name in AUTOMATIC:
+    for name in order:
         reason = why_not(name, device) or op_why_not(name)
         if reason is None:
             _log_once(op, name, "; ".join(against) or "first in order")

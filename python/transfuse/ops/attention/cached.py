@@ -137,7 +137,9 @@ def attention_decode(
         deterministic=deterministic,
         lower_right=True,
     )
-    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k_cache, v_cache, variant))
+    name = choose(
+        op, q.device, backend, lambda b: registration.why_not(b, op, q, k_cache, v_cache, variant), registration.ORDER
+    )
     if name == "torch":
         out, lse = torch_sequences.attention_decode(q, k_cache, v_cache, cache_lengths, variant, return_lse)
     else:

@@ -141,7 +141,13 @@ def attention(
         dropout_p=dropout_p,
         deterministic=deterministic,
     )
-    name = choose("attention", q.device, backend, lambda b: registration.why_not(b, "attention", q, k, v, variant))
+    name = choose(
+        "attention",
+        q.device,
+        backend,
+        lambda b: registration.why_not(b, "attention", q, k, v, variant),
+        registration.ORDER,
+    )
     out, lse = _run(name, q, k, v, variant, return_lse)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
@@ -226,7 +232,7 @@ def attention_weights(
         dropout_p=0.0,
         deterministic=None,
     )
-    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k, k, variant))
+    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k, k, variant), registration.ORDER)
     if name == "torch":
         return torch_impl.attention_weights(q, k, lse, variant)
     if name == "reference":

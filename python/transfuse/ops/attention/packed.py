@@ -151,7 +151,7 @@ def attention_varlen(
         dropout_p=dropout_p,
         deterministic=deterministic,
     )
-    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k, v, variant))
+    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k, v, variant), registration.ORDER)
     where = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     if name == "torch":
         out, lse = torch_sequences.attention_varlen(q, k, v, *where, variant, return_lse)

@@ -24,6 +24,10 @@ FIELDS = (
 N = len(Variant._fields)
 
 
+ORDER = ("triton", "cuda", "torch")
+"""The CUDA kernel, which has no backward yet, waits to be timed beside Triton's: until then it runs when asked for."""
+
+
 def implementation(backend: str) -> ModuleType:
     """The module that runs a kernel backend; imported on demand so that others never pay for it."""
     if backend == "triton":
