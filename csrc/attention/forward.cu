@@ -1,6 +1,7 @@
 // Checks, kernel choice and launch of attention forward; the kernel is in forward.cuh.
 #include "attention/forward.cuh"
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
 
@@ -40,39 +41,40 @@ bool vector_of(const TensorView* t, int64_t length, DType dtype) {
   return !t || (t->ndim == 1 && t->sizes[0] == length && t->dtype == dtype && (t->strides[0] == 1 || length <= 1));
 }
 
-template <typename T, int D, int BLOCK_M, int BLOCK_N, bool RICH>
+template <typename T, int D, int DV, int BLOCK_M, int BLOCK_N, bool RICH>
 void launch_kernel(ForwardParams& p, int64_t rows, const Call& call, const LaunchTarget& target) {
-  using Kernel = attention::Forward<T, D, BLOCK_M, BLOCK_N, RICH>;
+  using Kernel = attention::Forward<T, D, DV, BLOCK_M, BLOCK_N, RICH>;
   p.tiles = (p.q_len + BLOCK_M - 1) / BLOCK_M;
-  const int64_t blocks = rows * p.tiles;
+  p.parts = std::max(1, (p.v_dim + DV - 1) / DV);  // one even without columns: lse
+  const int64_t blocks = rows * p.tiles * p.parts;
   require(blocks <= INT_MAX, call, "batch * heads * tiles of queries must fit one launch (split the batch)");
   launch(call, target, dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreads), Kernel::kSharedBytes,
-         attention::attention_forward_kernel<T, D, BLOCK_M, BLOCK_N, RICH>, p);
+         attention::attention_forward_kernel<T, D, DV, BLOCK_M, BLOCK_N, RICH>, p);
 }
 
-template <typename T, int D, int BLOCK_M, int BLOCK_N>
+template <typename T, int D, int DV, int BLOCK_M, int BLOCK_N>
 void choose_features(ForwardParams& p, int64_t rows, const Call& call, const LaunchTarget& target) {
   const bool rich = p.mask.data || p.bias.data || p.slopes.data || p.sinks.data || p.seed || p.softcap > 0.0f;
   if (rich) {
-    launch_kernel<T, D, BLOCK_M, BLOCK_N, true>(p, rows, call, target);
+    launch_kernel<T, D, DV, BLOCK_M, BLOCK_N, true>(p, rows, call, target);
   } else {
-    launch_kernel<T, D, BLOCK_M, BLOCK_N, false>(p, rows, call, target);
+    launch_kernel<T, D, DV, BLOCK_M, BLOCK_N, false>(p, rows, call, target);
   }
 }
 
-// Tiles: O takes D / 2 registers a thread, S BLOCK_N / 2, so that BLOCK_N shrinks where D is 256; shared memory stays
-// within the 99 KB that a block may have on every GPU from compute capability 8.0 on. fp32 takes twice the bytes and
-// thrice the products' registers.
+// Tiles: O takes DV / 2 registers a thread, S BLOCK_N / 2, so that BLOCK_N shrinks where DV is 256; shared memory stays
+// within the 99 KB that a block may have on every GPU from compute capability 8.0 on. fp32 takes twice the bytes, and
+// registers for the parts of its products: DV = 128 is what fits.
 template <typename T>
 void choose_tiles(ForwardParams& p, int64_t rows, const Call& call, const LaunchTarget& target) {
   const int widest = p.head_dim > p.v_dim ? p.head_dim : p.v_dim;
   constexpr bool kWide = sizeof(T) == 4;
   if (widest <= 64) {
-    choose_features<T, 64, 64, kWide ? 32 : 64>(p, rows, call, target);
+    choose_features<T, 64, 64, 64, kWide ? 32 : 64>(p, rows, call, target);
   } else if (widest <= 128) {
-    choose_features<T, 128, 64, kWide ? 16 : 64>(p, rows, call, target);
+    choose_features<T, 128, 128, 64, kWide ? 16 : 64>(p, rows, call, target);
   } else {
-    choose_features<T, 256, kWide ? 32 : 64, kWide ? 16 : 32>(p, rows, call, target);
+    choose_features<T, 256, kWide ? 128 : 256, kWide ? 32 : 64, kWide ? 16 : 32>(p, rows, call, target);
   }
 }
 

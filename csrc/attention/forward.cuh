@@ -6,15 +6,17 @@
 // the last key cut compare indices. Tiles that no query of the block sees are not read.
 //
 //   S = Q K^T   [16 x BLOCK_N] a warp, in registers: BLOCK_N / 8 accumulators of 16 x 8
-//   O += P V    [16 x D]       a warp, in registers; P goes from S's accumulators straight into A fragments
+//   O += P V    [16 x DV]      a warp, in registers; P goes from S's accumulators straight into A fragments
 //
-// Shared memory, dynamic: q [BLOCK_M][D], then two stages of k and v [BLOCK_N][D] each, swizzled (fragments.cuh); while
-// one stage is multiplied, cp.async fills the other. (BLOCK_M + 4 BLOCK_N) D sizeof(T) bytes.
+// A block writes DV columns of its rows: all of them, but for wide fp32, whose O would spill; blocks then share the rows,
+// each computing S again.
+// Shared memory, dynamic: q [BLOCK_M][D], then two stages of k [BLOCK_N][D] and v [BLOCK_N][DV], swizzled
+// (fragments.cuh); while one stage is multiplied, cp.async fills the other.
 //
 // RICH adds what reads or changes single scores: mask, bias, ALiBi, soft capping, sinks, dropout. As a run-time choice it
 // would cost the plain kernel the registers of all of them.
 // Saved for backward: out, lse (fp32).
-// The launcher guarantees: q, k, v 16-byte aligned in every row, their widths multiples of 16 bytes and at most D, out's
+// The launcher guarantees: q, k, v 16-byte aligned in every row, their widths multiples of 16 bytes, q's and k's at most D, out's
 // rows aligned likewise; heads a multiple of the key heads; row numbers within 32 bits.
 #pragma once
 
@@ -51,7 +53,7 @@ struct ForwardParams {
   const int32_t *q_starts, *k_starts;  // (batch + 1) where rows are packed, else null
   const int32_t* k_lengths;            // (batch) where rows of a cache are filled unevenly, else null
   const int64_t* seed;                 // (2), null without dropout
-  int heads, group, tiles, q_len, k_len, head_dim, v_dim;
+  int heads, group, tiles, parts, q_len, k_len, head_dim, v_dim;
   int left, right, first;  // -1 where a window has no side
   bool lower_right, bias_is_float;
   float scale, softcap;  // 0: none
@@ -61,11 +63,12 @@ struct ForwardParams {
 
 // One block's queries among their sequence.
 struct Place {
-  int b, h, i_low;
+  int b, h, i_low, part;  // part: of the output's columns
   int q_begin, q_rows, k_begin, k_rows, first;
 
   __device__ __forceinline__ Place(const ForwardParams& p, int block_m) {
-    const int64_t block = blockIdx.x;
+    const int64_t block = blockIdx.x / p.parts;
+    part = static_cast<int>(blockIdx.x % p.parts);
     i_low = (p.tiles - 1 - static_cast<int>(block % p.tiles)) * block_m;  // the last queries see most: they start first
     h = static_cast<int>(block / p.tiles % p.heads);
     b = static_cast<int>(block / p.tiles / p.heads);
@@ -158,11 +161,11 @@ struct OnlineSoftmax {
   }
 };
 
-template <typename T, int D, int BLOCK_M, int BLOCK_N, bool RICH>
+template <typename T, int D, int DV, int BLOCK_M, int BLOCK_N, bool RICH>
 class Forward {
  public:
   static constexpr int kThreads = BLOCK_M * 2;
-  static constexpr int kSharedBytes = (BLOCK_M + 4 * BLOCK_N) * D * static_cast<int>(sizeof(T));
+  static constexpr int kSharedBytes = (BLOCK_M * D + 2 * BLOCK_N * (D + DV)) * static_cast<int>(sizeof(T));
 
   __device__ __forceinline__ Forward(const ForwardParams& p, const Place& at) : p_(p), at_(at) {
     q_smem_ = reinterpret_cast<T*>(device::dynamic_shared_memory());
@@ -188,11 +191,10 @@ class Forward {
   }
 
  private:
-  static constexpr int kKeyTiles = BLOCK_N / 8, kOutTiles = D / 8, kDotSteps = D / kStep<T>, kKeySteps = BLOCK_N / kStep<T>;
-  // Loads of all steps at once would spill beside the widest output.
-  static constexpr int kUnroll = D * sizeof(T) > 512 ? 2 : kDotSteps;
+  static constexpr int kKeyTiles = BLOCK_N / 8, kOutTiles = DV / 8;
+  static constexpr int kDotSteps = D / kStep<T>, kKeySteps = BLOCK_N / kStep<T>;
 
-  __device__ __forceinline__ T* k_smem(int stage) const { return q_smem_ + (BLOCK_M + 2 * stage * BLOCK_N) * D; }
+  __device__ __forceinline__ T* k_smem(int stage) const { return q_smem_ + BLOCK_M * D + stage * BLOCK_N * (D + DV); }
   __device__ __forceinline__ T* v_smem(int stage) const { return k_smem(stage) + BLOCK_N * D; }
   __device__ __forceinline__ static int warp_row() { return static_cast<int>(threadIdx.x) / 32 * 16; }
   // Row and column in the tile of element e of accumulator n.
@@ -208,9 +210,9 @@ class Forward {
     if (j_low < high) {
       const int h = at_.h / p_.group;
       const T* k = p_.k.at<T>(at_.b, h) + at_.k_begin * p_.k.row;
-      const T* v = p_.v.at<T>(at_.b, h) + at_.k_begin * p_.v.row;
+      const T* v = p_.v.at<T>(at_.b, h) + at_.k_begin * p_.v.row + at_.part * DV;
       load_tile<T, D, BLOCK_N, kThreads>(k_smem(stage), k, p_.k.row, j_low, at_.k_rows, p_.head_dim);
-      load_tile<T, D, BLOCK_N, kThreads>(v_smem(stage), v, p_.v.row, j_low, at_.k_rows, p_.v_dim);
+      load_tile<T, DV, BLOCK_N, kThreads>(v_smem(stage), v, p_.v.row, j_low, at_.k_rows, p_.v_dim - at_.part * DV);
     }
     device::cp_async_commit();
   }
@@ -218,7 +220,7 @@ class Forward {
   __device__ __forceinline__ void step(int stage, int j_low, bool edge) {
     float s[kKeyTiles][4] = {};
     // S = Q K^T [16, BLOCK_N]
-#pragma unroll kUnroll
+#pragma unroll
     for (int d = 0; d < kDotSteps; ++d) {
       uint32_t a[4];
       load_a<T, D>(a, q_smem_, warp_row(), d);
@@ -239,7 +241,7 @@ class Forward {
 #pragma unroll
       for (int e = 0; e < 4; ++e) o_[n][e] *= shrink[e / 2];
     }
-    // O += P V [16, D]
+    // O += P V [16, DV]
 #pragma unroll
     for (int j = 0; j < kKeySteps; ++j) {
       uint32_t a[4];
@@ -247,7 +249,7 @@ class Forward {
 #pragma unroll
       for (int n = 0; n < kOutTiles; n += 2) {
         uint32_t b[2][2];
-        load_b<T, D>(b, v_smem(stage), j, n * 8);
+        load_b<T, DV>(b, v_smem(stage), j, n * 8);
         multiply<T>(o_[n], a, b[0]);
         multiply<T>(o_[n + 1], a, b[1]);
       }
@@ -300,14 +302,14 @@ class Forward {
       const float factor = nothing ? 0.0f : shrink * p_.grow / total;
       const int i = at_.i_low + row_of(2 * r);
       if (i >= at_.q_rows) continue;
-      if (threadIdx.x % 4 == 0) {
+      if (threadIdx.x % 4 == 0 && at_.part == 0) {
         float* lse = const_cast<float*>(p_.lse.at<float>(at_.b, at_.h));
         lse[(at_.q_begin + i) * p_.lse.row] = nothing ? -INFINITY : (m + log2f(total)) * kLn2;
       }
-      T* out = const_cast<T*>(p_.out.at<T>(at_.b, at_.h)) + (at_.q_begin + i) * p_.out.row;
+      T* out = const_cast<T*>(p_.out.at<T>(at_.b, at_.h)) + (at_.q_begin + i) * p_.out.row + at_.part * DV;
 #pragma unroll
       for (int n = 0; n < kOutTiles; ++n) {
-        if (column_of(n, 0) >= p_.v_dim) continue;
+        if (at_.part * DV + column_of(n, 0) >= p_.v_dim) continue;
         struct alignas(2 * sizeof(T)) Both {
           device::Pack<T, 1> at[2];
         };
@@ -326,11 +328,11 @@ class Forward {
   float o_[kOutTiles][4] = {};
 };
 
-template <typename T, int D, int BLOCK_M, int BLOCK_N, bool RICH>
+template <typename T, int D, int DV, int BLOCK_M, int BLOCK_N, bool RICH>
 __global__ void __launch_bounds__(BLOCK_M * 2) attention_forward_kernel(const ForwardParams p) {
   const Place at(p, BLOCK_M);
   if (at.i_low >= at.q_rows) return;  // of a short sequence
-  Forward<T, D, BLOCK_M, BLOCK_N, RICH>(p, at).run();
+  Forward<T, D, DV, BLOCK_M, BLOCK_N, RICH>(p, at).run();
 }
 
 }  // namespace transfuse::attention

@@ -21,9 +21,11 @@ constexpr int kChunk = 16 / sizeof(T);  // elements of a chunk
 template <typename T>
 constexpr int kStep = 2 * kChunk<T>;  // elements of the inner dimension that one product takes
 
+// Chunk 2 * pair + half. With `pair` known when compiling, only its last two bits meet the row's: all other steps are
+// constant offsets to four addresses, where a plain chunk ^ (row % 8) would take a register each.
 template <typename T, int D>
-__device__ __forceinline__ T* chunk_at(T* tile, int row, int chunk) {
-  return tile + row * D + (chunk ^ (row % 8)) * kChunk<T>;
+__device__ __forceinline__ T* chunk_at(T* tile, int row, int pair, int half) {
+  return tile + row * D + pair / 4 * 8 * kChunk<T> + ((pair % 4 * 2) ^ (half ^ (row % 8))) * kChunk<T>;
 }
 
 // tile[r][:] = rows[first + r][:], 0 beyond `end` rows and `width` columns; by all THREADS, not awaited.
@@ -37,7 +39,7 @@ __device__ __forceinline__ void load_tile(T* tile, const T* rows, int64_t row_st
     const int row = index / kChunks, chunk = index % kChunks;
     const bool inside = first + row < end && chunk * kChunk<T> < width;
     const T* from = inside ? rows + (first + row) * row_stride + chunk * kChunk<T> : rows;
-    device::cp_async<16>(chunk_at<T, D>(tile, row, chunk), from, inside ? 16 : 0);
+    device::cp_async<16>(chunk_at<T, D>(tile, row, chunk / 2, chunk % 2), from, inside ? 16 : 0);
   }
 }
 
@@ -45,7 +47,7 @@ __device__ __forceinline__ void load_tile(T* tile, const T* rows, int64_t row_st
 template <typename T, int D>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], T* tile, int row, int step) {
   const int lane = threadIdx.x % 32;
-  device::ldmatrix(a, chunk_at<T, D>(tile, row + lane % 16, 2 * step + lane / 16));
+  device::ldmatrix(a, chunk_at<T, D>(tile, row + lane % 16, step, lane / 16));
 }
 
 // B of two neighbouring products from B^T: rows `row` .. row + 15 of the tile are columns of B.
@@ -53,7 +55,7 @@ template <typename T, int D>
 __device__ __forceinline__ void load_b_transposed(uint32_t (&b)[2][2], T* tile, int row, int step) {
   const int lane = threadIdx.x % 32;
   uint32_t m[4];
-  device::ldmatrix(m, chunk_at<T, D>(tile, row + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+  device::ldmatrix(m, chunk_at<T, D>(tile, row + lane / 16 * 8 + lane % 8, step, lane / 8 % 2));
   b[0][0] = m[0], b[0][1] = m[1], b[1][0] = m[2], b[1][1] = m[3];
 }
 
@@ -64,15 +66,15 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[2][2], T* tile, int step, i
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
     uint32_t m[4];
-    device::ldmatrix_transposed(m, chunk_at<T, D>(tile, step * 16 + lane % 16, column / 8 + lane / 16));
+    device::ldmatrix_transposed(m, chunk_at<T, D>(tile, step * 16 + lane % 16, column / 16, lane / 16));
     b[0][0] = m[0], b[0][1] = m[1], b[1][0] = m[2], b[1][1] = m[3];
   } else {
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = step * 8 + lane % 4 * 2 + r, at = column + n * 8 + lane / 4;
-        memcpy(&b[n][r], chunk_at<T, D>(tile, row, at / 4) + at % 4, 4);
+        const int row = step * 8 + lane % 4 * 2 + r;
+        memcpy(&b[n][r], chunk_at<T, D>(tile, row, column / 8 + n, lane / 16) + lane / 4 % 4, 4);
       }
     }
   }
