@@ -45,4 +45,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "scale"_a, "query"_a, "diagonal"_a, "target"_a, released());
   m.def("causal_softmax_backward", &transfuse::causal_softmax_backward, "dout"_a, "out"_a, "dscores"_a, "sums"_a,
         "group_dims"_a, "members_a_chunk"_a, "scale"_a, "query"_a, "diagonal"_a, "target"_a, released());
+  m.def("attention_forward", &transfuse::attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "mask"_a, "bias"_a,
+        "slopes"_a, "sinks"_a, "q_starts"_a, "k_starts"_a, "k_lengths"_a, "seed"_a, "max_q"_a, "max_k"_a, "scale"_a,
+        "left"_a, "right"_a, "first"_a, "softcap"_a, "dropout_p"_a, "target"_a, released());
 }

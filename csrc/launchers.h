@@ -41,4 +41,24 @@ void causal_softmax_backward(const TensorView& dout,      // (rows..., N): float
                              int group_dims, int64_t members_a_chunk, float scale, int query, int64_t diagonal,
                              const LaunchTarget& target);
 
+// out = softmax of the scores of q and k, times v; lse the log of the softmax's denominators. Packed rows (q_starts and
+// k_starts given) come as batch 1; k_lengths says how many keys of each batch row count. docs/attention.md has the rest.
+void attention_forward(const TensorView& q,    // (batch, heads, q_len, D), rows aligned to 16 bytes
+                       const TensorView& k,    // (batch, kv_heads, k_len, D), likewise
+                       const TensorView& v,    // (batch, kv_heads, k_len, Dv), likewise
+                       const TensorView& out,  // (batch, heads, q_len, Dv), likewise
+                       const TensorView& lse,  // (batch, heads, q_len, 1), float32
+                       const OptionalTensor& mask,       // (batch|1, heads|1, q_len|1, k_len|1), bool
+                       const OptionalTensor& bias,       // likewise, q's dtype or float32
+                       const OptionalTensor& slopes,     // (batch|1, heads, 1, 1), float32
+                       const OptionalTensor& sinks,      // (1, heads, 1, 1), float32
+                       const OptionalTensor& q_starts,   // (batch + 1), int32
+                       const OptionalTensor& k_starts,   // (batch + 1), int32
+                       const OptionalTensor& k_lengths,  // (batch), int32
+                       const OptionalTensor& seed,       // (2), int64; without it nothing is dropped
+                       int64_t max_q, int64_t max_k, float scale,
+                       int left, int right,         // -1: no limit
+                       std::optional<int> first,    // none: the last query stands at the last key
+                       float softcap, double dropout_p, const LaunchTarget& target);
+
 }  // namespace transfuse
