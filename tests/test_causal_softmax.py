@@ -212,9 +212,11 @@ def test_large_scores_do_not_overflow(dtype, backend, device):
         lambda x: x[:, 1:, 3:],
         lambda x: x[:1].expand(5, -1, -1),
         lambda x: x[..., :1].expand(-1, -1, 12),
+        lambda x: x[..., 4:],
+        lambda x: x[..., 1:9],
         lambda x: x.permute(2, 1, 0),
     ],
-    ids=["transposed", "step2", "offset", "expanded_batch", "expanded_keys", "permuted"],
+    ids=["transposed", "step2", "offset", "expanded_batch", "expanded_keys", "aligned", "misaligned", "permuted"],
 )
 def test_strides(view, backend, device, poisoned):
     x = lambda: view(torch.randn(4, 12, 12, device=device))  # noqa: E731
@@ -310,11 +312,18 @@ def test_rows_too_long_for_registers(dtype, mask, bias, causal, backend, device,
 
 
 @pytest.mark.parametrize(
-    "dtype, k_len", [(torch.float16, 4096), (torch.bfloat16, 16392), (torch.float32, 20001)], ids=_id
+    "dtype, k_len, bias",
+    [
+        (torch.float16, 4096, (2, 4096)),
+        (torch.bfloat16, 8200, (2, 1)),
+        (torch.bfloat16, 16392, (2, 16392)),
+        (torch.float32, 20001, (20001,)),
+    ],
+    ids=_id,
 )
-def test_long_rows(dtype, k_len, backend, device, poisoned):
+def test_long_rows(dtype, k_len, bias, backend, device, poisoned):
     scores = torch.randn(2, 2, k_len, device=device).to(dtype)
-    bias = torch.randn(2, k_len, device=device).to(dtype)
+    bias = torch.randn(bias, device=device).to(dtype)
     mask = torch.rand(k_len, device=device) > 0.5
     run({"scores": scores, "mask": mask, "bias": bias}, backend, causal="lower_right")
     if backend == "triton":
@@ -478,6 +487,16 @@ def test_inputs_are_left_alone():
     assert all(torch.equal(a, b) for a, b in zip((scores, bias, mask), before, strict=True))
 
 
+def test_what_kernels_do_not_take():
+    pytest.importorskip("triton")
+    for backend in ("triton", "cuda"):
+        assert _why_not(backend, torch.ones(3, 3), None, None) is None
+        assert "not torch.float64" in _why_not(backend, torch.ones(3, 3).double(), None, None)
+    many = torch.ones(*[2] * 8, 3)
+    assert "up to 7 dimensions" in _why_not("cuda", many, None, None)
+    assert _why_not("triton", many, None, None) is None
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 S = torch.randn(2, 4, 6)
@@ -520,9 +539,14 @@ S = torch.randn(2, 4, 6)
         ),
         (lambda: causal_softmax(S, backend="tpu"), BackendError, "unknown backend 'tpu'"),
         (
-            lambda: causal_softmax(S, backend="cuda"),
+            lambda: causal_softmax(S.double(), backend="cuda"),
             BackendError,
             "causal_softmax: backend 'cuda' cannot run",
+        ),
+        (
+            lambda: causal_softmax(S.double(), backend="triton"),
+            BackendError,
+            "causal_softmax: backend 'triton' cannot run",
         ),
     ],
 )
