@@ -240,6 +240,17 @@ def test_opcheck_ffn(full):
         torch.library.opcheck(OPS.ffn.default, (*frozen, *rest, False, "torch"))
 
 
+def test_opcheck_on_triton():
+    device = device_of("triton")
+    skip_unless(why_not("triton", device))
+    t = inputs((3, 2), 6, 10, device=device, gated=True)
+    x, w1, b1, w2, b2, w_gate = (v.requires_grad_() for v in t.values())
+    x = x.transpose(0, 1)
+    rest = ("silu", 0.3, torch.tensor([5, 6], device=device))
+    torch.library.opcheck(OPS.ffn.default, (x, w1, b1, w2, b2, w_gate, *rest, True, "triton"))
+    torch.library.opcheck(OPS.linear_act.default, (x, w1, b1, "gelu", True, "triton"))
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_opcheck_linear_act(bias):
     t = inputs((2, 3), 6, 10, biases=bias)

@@ -22,19 +22,23 @@ class Tiles(NamedTuple):
 
 
 _MOST_SPLITS = 16
-_DEPTH = 256
-"""A split adds at least so many products to an element: below it, its partial sums cost more than they save."""
 
 
 def choose(M: int, N: int, K: int, dtype: torch.dtype, kind: str, device: torch.device) -> Tiles:
     """For (M, K) @ (K, N); kind: "one" accumulator, "gated" (two), "backward" (one, and what was saved)."""
     if INTERPRETED:  # small, so that small tests have several tiles and splits
         return Tiles(32, 64, 32, 2 if M <= 16 and K >= 64 else 1, 4, 1)
+    processors = multiprocessors(device)
     block_m, block_n, block_k, num_warps, num_stages = _blocks(M, dtype, kind, capability(device))
     block_n, block_k = min(block_n, power_of_2(N)), min(block_k, power_of_2(K))
     programs = -(-M // block_m) * -(-N // block_n)
-    # Few rows (or, summing over rows, small weights) leave processors without work: they get ranges of K.
-    splits = max(1, min(multiprocessors(device) // max(programs, 1), K // max(_DEPTH, 2 * block_k), _MOST_SPLITS))
+    while programs < processors and block_n > 64:  # a smaller tile reads more, a processor without one does nothing
+        block_n //= 2
+        programs = -(-M // block_m) * -(-N // block_n)
+    # Then ranges of K. A split writes and reads 8 M bytes of partial sums for a column of B, of which it reads 2 depth
+    # in 16 bits: 16 M deep they are a quarter of it. With many rows it is arithmetic, not B, that takes the time.
+    depth = max(256, min(16 * M, 1024), 2 * block_k)
+    splits = max(1, min(processors // max(programs, 1), K // depth, _MOST_SPLITS))
     return Tiles(block_m, block_n, block_k, splits, num_warps, num_stages)
 
 
