@@ -37,7 +37,7 @@ def use_cublas(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device)
     By rule, not by measurement: where it computes just what our kernel would, the vendor's is the one to beat. Not
 
     - off the GPU, where there is none;
-    - in fp32 with ``precision`` "tf32x3", which it lacks: its fp32 leaves tensor cores unused;
+    - in fp32 with ``precision`` "tf32x3", which it does not offer: its fp32 leaves tensor cores unused;
     - under torch.use_deterministic_algorithms, where its order of sums hangs on a variable of the environment.
     """
     target = ahead()
