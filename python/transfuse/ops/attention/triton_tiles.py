@@ -38,6 +38,11 @@ _SHARED = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227
 _SHARED_ELSEWHERE = 99 << 10
 
 
+def shared_memory(target: tuple[int, int]) -> int:
+    """Bytes that a program may have on a GPU of this capability."""
+    return _SHARED.get(target, _SHARED_ELSEWHERE)
+
+
 def forward_tiles(
     q: torch.Tensor, v: torch.Tensor, variant: Variant, q_len: int, k_len: int
 ) -> tuple[tuple[object, ...], Tiles]:
@@ -50,7 +55,11 @@ def forward_tiles(
     target = capability(q.device)
     extras = _extras(variant)
     key = (target, q.dtype, block_d(q.shape[3]), block_d(v.shape[3]), *extras)
-    tiles = _fp32(width) if q.dtype == torch.float32 else _half(width, target >= (9, 0), any(extras))
+    tiles = (
+        _fp32(width, target >= (9, 0), any(extras))
+        if q.dtype == torch.float32
+        else _half(width, target >= (9, 0), any(extras))
+    )
     tiles = _fitting(tiles, q, v, variant, target)
     return key, capped(tiles, q_len, k_len)
 
@@ -71,22 +80,31 @@ def _half(width: int, hopper: bool, extras: bool) -> Tiles:
         return Tiles(64, 32, 8, 2) if extras else Tiles(128, 64, 8, 2)
     if width <= 64:
         # 32 queries a warp read every fragment of k and v half as often as 16 do; extras leave no room for them.
-        return Tiles(128, 64, 8, 3) if extras else Tiles(128, 64, 4, 3)
+        return Tiles(64, 64, 8, 3) if extras else Tiles(128, 64, 4, 3)
     if width <= 128:
         return Tiles(64, 64, 8, 3) if extras else Tiles(128, 64, 8, 3)
-    return Tiles(64, 32, 8, 2) if extras else Tiles(64, 64, 8, 2)
+    return Tiles(32, 32, 8, 2) if extras else Tiles(64, 64, 8, 2)
 
 
-def _fp32(width: int) -> Tiles:
+def _fp32(width: int, hopper: bool, extras: bool) -> Tiles:
     # Three tf32 products take the operands' high and low parts: twice the registers of the numbers themselves.
     if width <= 64:
-        return Tiles(64, 32, 4, 2)
-    return Tiles(64, 32, 8, 2) if width <= 128 else Tiles(32, 16, 8, 2)
+        return Tiles(64, 32, 4, 2) if hopper else Tiles(32, 32, 8, 2) if extras else Tiles(64, 32, 8, 2)
+    if extras:
+        return Tiles(16, 16, 4, 2)
+    return Tiles(32, 32, 8, 2) if width <= 128 else Tiles(32, 16, 8, 2)
+
+
+def step(q: torch.Tensor, v: torch.Tensor, variant: Variant) -> int:
+    """Columns of q and k in one product: all, unless the parts of a wide fp32 q would fill the registers."""
+    width = max(block_d(q.shape[3]), block_d(v.shape[3]))
+    whole = q.dtype != torch.float32 or width <= 64 or (width <= 128 and not any(_extras(variant)))
+    return block_d(q.shape[3]) if whole else min(64, block_d(q.shape[3]))
 
 
 def _fitting(tiles: Tiles, q: torch.Tensor, v: torch.Tensor, variant: Variant, target: tuple[int, int]) -> Tiles:
     """With fewer stages, then fewer keys, then fewer queries, until shared memory holds them."""
-    room = _SHARED.get(target, _SHARED_ELSEWHERE)
+    room = shared_memory(target)
     while _shared(tiles, q, v, variant, target) > room and max(tiles[:2]) > 16:
         if tiles.num_stages > 2:
             tiles = tiles._replace(num_stages=tiles.num_stages - 1)
@@ -128,7 +146,4 @@ def forward_candidates(tiles: Tiles) -> list[Tiles]:
 
 def weights_tiles(q: torch.Tensor, k_len: int) -> Tiles:
     """One product a program and a tile of probabilities to write: as large as registers hold with every extra."""
-    wide = block_d(q.shape[3]) > 128
-    if q.dtype == torch.float32:
-        return capped(Tiles(32, 32, 4, 1) if wide else Tiles(64, 32, 4, 1), q.shape[2], k_len)
-    return capped(Tiles(64, 64, 8, 1) if wide else Tiles(64, 64, 4, 1), q.shape[2], k_len)
+    return capped(Tiles(32, 32, 4, 1) if q.dtype == torch.float32 else Tiles(64, 64, 4, 1), q.shape[2], k_len)
