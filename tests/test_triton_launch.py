@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -52,6 +53,9 @@ if not torch.cuda.is_available():
 refused("no capability", transfuse.layer_norm, x, None, None, target="sm_90")
 refused("reads values", lambda x: transfuse.layer_norm(x * x.max().item(), None, None), x, target=(9, 0))
 refused("no gradient", transfuse.layer_norm, x, None, None, target=(9, 0), backward=True)
+torch.set_autocast_enabled("cuda", True)
+refused("autocast", transfuse.layer_norm, x, None, None, target=(9, 0))
+torch.set_autocast_enabled("cuda", False)
 refused("cuda", transfuse.layer_norm, x, None, None, target=(9, 0), backend="cuda")
 
 torch.manual_seed(0)
@@ -134,6 +138,7 @@ def test_kernels_are_compiled_for_the_alignment_that_calls_have(said):
         ("no capability", "ArgumentError: warmup: target must be a compute capability such as (9, 0), got 'sm_90'"),
         ("reads values", "ArgumentError: warmup: the function reads values of tensors"),
         ("no gradient", "ArgumentError: warmup: backward=True, but no output depends on"),
+        ("autocast", "ArgumentError: warmup: autocast is on"),
         ("cuda", "BackendError: layer_norm: backend 'cuda' cannot run this call: only Triton kernels"),
     ],
 )
@@ -146,6 +151,13 @@ def test_what_cannot_be_compiled_says_why(said, case, message):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's kernels are compiled here")
 def test_interpreted_kernels_cannot_be_compiled():
     with pytest.raises(BackendError, match="interpreted in this process"):
+        transfuse.warmup(transfuse.layer_norm, torch.ones(2, 4), None, None, target=(9, 0))
+
+
+def test_without_triton_nothing_is_compiled(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "triton" else find(name, *a))
+    with pytest.raises(BackendError, match=r"triton is not installed \(pip install triton\)"):
         transfuse.warmup(transfuse.layer_norm, torch.ones(2, 4), None, None, target=(9, 0))
 
 
