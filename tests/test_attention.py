@@ -83,6 +83,24 @@ def test_values_and_gradients(shape, dtype, feature, scores, backend, device, po
     run({**inputs(shape, dtype, device), **tensors}, backend, **options)
 
 
+@pytest.mark.parametrize("feature", ["causal", EVERYTHING])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_wide_heads(dtype, feature, backend, device, poisoned):
+    shape = Shape(1, 2, 1, 20, 37, 200, 136)
+    more, options = features(feature, shape, dtype, device)
+    run({**inputs(shape, dtype, device), **more}, backend, **options)
+
+
+def test_what_triton_leaves_to_others():
+    pytest.importorskip("triton")
+    for dtype, width, words in ((torch.float64, 8, "got float64"), (torch.float32, 264, "up to 256, got 264")):
+        x = torch.zeros(1, 1, 2, width, dtype=dtype)
+        for op in ("attention", "attention_weights", "attention_varlen", "attention_decode"):
+            reason = registration.why_not("triton", op, x, x, x, Variant())
+            assert words in reason
+            assert "use backend='torch'" in reason
+
+
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_reference_is_what_a_loop_computes(feature):
     shape = Shape(2, 2, 1, 5, 7, 4, 3)

@@ -43,7 +43,7 @@ from transfuse.ops.attention.triton_scores import (
     strided,
     tile,
 )
-from transfuse.ops.attention.triton_tiles import Tiles, block_d, forward_candidates, forward_tiles, weights_tiles
+from transfuse.ops.attention.triton_tiles import Tiles, block_d, forward_candidates, forward_tiles, step, weights_tiles
 from transfuse.ops.attention.variant import Variant
 
 _SHARED_KEYS = 16 << 20
@@ -51,18 +51,32 @@ _SHARED_KEYS = 16 << 20
 
 
 @triton.jit
-def rows_of(t, b, h, i, end, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """t[b, h, i, :COLUMNS] as [len(i), BLOCK], 0 beyond ``end`` and COLUMNS. i: [len(i), 1]. ALL: no i is beyond."""
-    column = tl.arange(0, BLOCK)[None, :]
+def rows_of(  # type: ignore[no-untyped-def]
+    t,
+    b,
+    h,
+    i,
+    end,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
+    FROM: tl.constexpr = 0,
+    AGAIN: tl.constexpr = False,
+):
+    """t[b, h, i, FROM : FROM + BLOCK] as [len(i), BLOCK], 0 beyond ``end`` and COLUMNS. i: [len(i), 1].
+
+    ALL: no i is beyond. AGAIN: in a loop that changes none of this, load all the same at every turn.
+    """
+    column = FROM + tl.arange(0, BLOCK)[None, :]
     pointers = tile(t, b, h, i, column)
-    if ALL and COLUMNS == BLOCK:
-        return tl.load(pointers)
+    if ALL and FROM + BLOCK <= COLUMNS:
+        return tl.load(pointers, volatile=AGAIN)
     elif ALL:  # noqa: RET505 - a constexpr branch
-        return tl.load(pointers, mask=column < COLUMNS, other=0.0)
-    elif COLUMNS == BLOCK:
-        return tl.load(pointers, mask=i < end, other=0.0)
+        return tl.load(pointers, mask=column < COLUMNS, other=0.0, volatile=AGAIN)
+    elif FROM + BLOCK <= COLUMNS:
+        return tl.load(pointers, mask=i < end, other=0.0, volatile=AGAIN)
     else:
-        return tl.load(pointers, mask=(i < end) & (column < COLUMNS), other=0.0)
+        return tl.load(pointers, mask=(i < end) & (column < COLUMNS), other=0.0, volatile=AGAIN)
 
 
 @triton.jit
@@ -105,6 +119,7 @@ def attention_forward(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    STEP: tl.constexpr,  # columns of q and k in a product; below BLOCK_D q is read at every turn
     PLAIN: tl.constexpr,  # scores are scale * q.k with scale >= 0, where positions hide none
 ):
     b, h, i_low = _place(q_len, heads, count, section, BLOCK_M)
@@ -114,7 +129,8 @@ def attention_forward(  # type: ignore[no-untyped-def]
     k_begin, k_rows = k_span(lengths, b, k_len)
     first = first_position(rule, q_rows, k_rows)
     i = i_low + tl.arange(0, BLOCK_M)
-    q_tile = rows_of(q, b, h, q_begin + i[:, None], q_begin + q_rows, HEAD_DIM, BLOCK_D, False)
+    if STEP == BLOCK_D:
+        q_tile = rows_of(q, b, h, q_begin + i[:, None], q_begin + q_rows, HEAD_DIM, BLOCK_D, False)
     slope = None
     if slopes.pointer is not None:
         slope = of_head(slopes, b, h)
@@ -136,9 +152,18 @@ def attention_forward(  # type: ignore[no-untyped-def]
             for start in tl.range(bounds[part], bounds[part + 1], BLOCK_N):
                 j = start + tl.arange(0, BLOCK_N)
                 at = k_begin + j[:, None]
-                k_tile = rows_of(k, b, h // group, at, k_begin + k_rows, HEAD_DIM, BLOCK_D, part == 1)
                 # S = Q @ K.T [BLOCK_M, BLOCK_N]
-                dots = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+                dots = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                if STEP == BLOCK_D:
+                    k_tile = rows_of(k, b, h // group, at, k_begin + k_rows, HEAD_DIM, BLOCK_D, part == 1)
+                    dots = dot(q_tile, tl.trans(k_tile), dots, PRECISION)
+                else:
+                    for d in tl.static_range(0, BLOCK_D, STEP):
+                        q_tile = rows_of(
+                            q, b, h, q_begin + i[:, None], q_begin + q_rows, HEAD_DIM, STEP, False, d, True
+                        )
+                        k_tile = rows_of(k, b, h // group, at, k_begin + k_rows, HEAD_DIM, STEP, part == 1, d)
+                        dots = dot(q_tile, tl.trans(k_tile), dots, PRECISION)
                 s, _ = scores(
                     dots, i[:, None], j[None, :], b, h, first, q_rows, k_rows, mask, bias, slope, rule, part != 1
                 )
@@ -200,6 +225,7 @@ def attention_weights(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     pid = tl.program_id(0)
     across, down = tl.cdiv(k_len, BLOCK_N), tl.cdiv(q_len, BLOCK_M)
@@ -211,10 +237,12 @@ def attention_weights(  # type: ignore[no-untyped-def]
     slope = None
     if slopes.pointer is not None:
         slope = of_head(slopes, b, h)
-    q_tile = rows_of(q, b, h, i, q_len, HEAD_DIM, BLOCK_D, False)
-    k_tile = rows_of(k, b, h // group, j[:, None], k_len, HEAD_DIM, BLOCK_D, False)
+    dots = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for d in tl.static_range(0, BLOCK_D, STEP):
+        q_tile = rows_of(q, b, h, i, q_len, HEAD_DIM, STEP, False, d)
+        k_tile = rows_of(k, b, h // group, j[:, None], k_len, HEAD_DIM, STEP, False, d)
+        dots = dot(q_tile, tl.trans(k_tile), dots, PRECISION)
     j = j[None, :]
-    dots = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
     s, _ = scores(dots, i, j, b, h, first, q_len, k_len, mask, bias, slope, rule, True)
     offset = tl.load(tile(lse, b, h, i, i * 0), mask=i < q_len, other=0.0).to(tl.float32) * LOG2E
     offset = tl.where(offset == float("-inf"), 0.0, offset)
@@ -284,6 +312,7 @@ def forward(
             BLOCK_D=block_d(head_dim),
             BLOCK_DV=block_d(v_dim),
             PRECISION=precision(q.dtype),
+            STEP=step(q, v, variant),
             PLAIN=variant.scale >= 0 and variant.softcap == 0 and variant[:3] == (None, None, None),
         )
 
@@ -335,5 +364,6 @@ def weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, variant: Varian
         BLOCK_N=tiles.BLOCK_N,
         BLOCK_D=block_d(head_dim),
         PRECISION=precision(q.dtype),
+        STEP=min(64, block_d(head_dim)),
     )
     return p
