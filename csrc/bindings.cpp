@@ -41,6 +41,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("layer_norm_forward", &transfuse::layer_norm_forward, "x"_a, "residual"_a, "weight"_a, "bias"_a, "y"_a,
         "summed"_a, "mean"_a, "rstd"_a, "eps"_a, "target"_a, released());
+  m.def("rms_norm_forward", &transfuse::rms_norm_forward, "x"_a, "residual"_a, "weight"_a, "y"_a, "summed"_a, "rstd"_a,
+        "eps"_a, "target"_a, released());
+  m.def("layer_norm_backward", &transfuse::layer_norm_backward, "dout"_a, "dsummed"_a, "summed"_a, "weight"_a,
+        "mean"_a, "rstd"_a, "dx"_a, "dweight"_a, "dbias"_a, "target"_a, released());
+  m.def("rms_norm_backward", &transfuse::rms_norm_backward, "dout"_a, "dsummed"_a, "summed"_a, "weight"_a, "rstd"_a,
+        "dx"_a, "dweight"_a, "target"_a, released());
+  m.def("norm_weight_sums", &transfuse::norm_weight_sums, "dweight_partial"_a, "dbias_partial"_a, "dweight"_a,
+        "dbias"_a, "target"_a, released());
   m.def("causal_softmax_forward", &transfuse::causal_softmax_forward, "scores"_a, "mask"_a, "bias"_a, "out"_a,
         "scale"_a, "query"_a, "diagonal"_a, "target"_a, released());
   m.def("causal_softmax_backward", &transfuse::causal_softmax_backward, "dout"_a, "out"_a, "dscores"_a, "sums"_a,

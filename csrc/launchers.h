@@ -24,6 +24,34 @@ void layer_norm_forward(const TensorView& x,              // (M, N), columns con
                         const TensorView& rstd,           // (M), contiguous, float32
                         float eps, const LaunchTarget& target);
 
+// y = s * rstd * weight over each row, as layer_norm_forward.
+void rms_norm_forward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                      const TensorView& y, const OptionalTensor& summed, const TensorView& rstd, float eps,
+                      const LaunchTarget& target);
+
+// dx, and of the weights' gradients G rows of partial sums that norm_weight_sums adds. G is the caller's choice: as many
+// blocks share the rows.
+void layer_norm_backward(const TensorView& dout,           // (M, N), columns contiguous, summed's dtype
+                         const OptionalTensor& dsummed,  // (M, N), columns contiguous, summed's dtype
+                         const TensorView& summed,        // (M, N), columns contiguous: float32, float16 or bfloat16
+                         const OptionalTensor& weight,   // (N), contiguous, summed's dtype or float32
+                         const TensorView& mean,          // (M), contiguous, float32
+                         const TensorView& rstd,          // (M), contiguous, float32
+                         const TensorView& dx,            // (M, N), columns contiguous, summed's dtype
+                         const OptionalTensor& dweight,  // (G, N), contiguous, float32
+                         const OptionalTensor& dbias,    // (G, N), contiguous, float32
+                         const LaunchTarget& target);
+void rms_norm_backward(const TensorView& dout, const OptionalTensor& dsummed, const TensorView& summed,
+                       const OptionalTensor& weight, const TensorView& rstd, const TensorView& dx,
+                       const OptionalTensor& dweight, const LaunchTarget& target);
+
+// dweight = the sum of dweight_partial over its rows, dbias likewise.
+void norm_weight_sums(const OptionalTensor& dweight_partial,  // (G, N), contiguous, float32
+                      const OptionalTensor& dbias_partial,    // (G, N), contiguous, float32
+                      const OptionalTensor& dweight,          // (N), contiguous: float32, float16 or bfloat16
+                      const OptionalTensor& dbias,            // (N), contiguous, dweight's dtype
+                      const LaunchTarget& target);
+
 // softmax(scale * scores + bias) over the keys that a query sees: mask (true = seen) and key <= i + diagonal, where i is
 // the index along row dimension `query` (0 if that is -1). All tensors have scores' sizes, stride 0 where broadcast.
 void causal_softmax_forward(const TensorView& scores,    // (rows..., N): float32, float16 or bfloat16

@@ -37,7 +37,7 @@ def run(kind, tensors, backend, grads=("x", "weight", "bias", "residual"), **opt
     tensors = dict(tensors)
     if kind == "rms_norm":
         tensors.pop("bias")
-    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"], kind))
+    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"]))
     grads = [g for g in grads if g in tensors]
     op, formula = (layer_norm, reference.layer_norm) if kind == "layer_norm" else (rms_norm, reference.rms_norm)
     both = tensors["residual"] is not None
@@ -52,9 +52,11 @@ def run(kind, tensors, backend, grads=("x", "weight", "bias", "residual"), **opt
         return formula(x=s, residual=None, **parameters)[0], s
 
     grad_outputs = [torch.randn_like(tensors["x"]) for _ in range(1 + both)]
-    sizes = intermediates(kind, tensors, grad_outputs, eps)
-    if backend in ("torch", "cuda"):
-        sizes = {**aten_sizes(tensors, grad_outputs, eps), **({"y": sizes["y"]} if backend == "cuda" else {})}
+    sizes = (
+        aten_sizes(tensors, grad_outputs, eps)
+        if backend == "torch"
+        else intermediates(kind, tensors, grad_outputs, eps)
+    )
     return check(
         lambda **kw: op(**kw, backend=backend),
         spec,
@@ -145,7 +147,7 @@ def test_strided_grad_output(kind, backend, device):
     tensors.pop("residual")
     if kind == "rms_norm":
         tensors.pop("bias")
-    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"], kind))
+    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"]))
     op, formula = (layer_norm, reference.layer_norm) if kind == "layer_norm" else (rms_norm, reference.rms_norm)
     for grad in (torch.randn(40, 6, 4, device=device).permute(2, 1, 0), torch.randn(1, 1, 1).expand(4, 6, 40)):
         check(
@@ -164,7 +166,7 @@ def test_empty(kind, shape, backend, device):
     op = layer_norm if kind == "layer_norm" else rms_norm
     if kind == "rms_norm":
         tensors.pop("bias")
-    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"], kind))
+    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"]))
     leaves = {n: t.requires_grad_() for n, t in tensors.items()}
     y, summed = op(**leaves, backend=backend)
     (y.sum() + summed.sum()).backward()
@@ -211,7 +213,7 @@ def test_one_parameter(given, hidden, backend, device, poisoned):
 def test_more_programs_than_two_dimensions_of_a_grid_take(kind, backend, device):
     if backend != "torch" and device.type == "cpu":
         pytest.skip("kernels that run on the CPU for their tests take minutes for as many programs")
-    skip_unless(norm._why_not(backend, torch.empty(1, device=device), None, kind))
+    skip_unless(norm._why_not(backend, torch.empty(1, device=device), None))
     x = torch.randn(70_000, 4096, dtype=torch.float16, device=device)
     op = layer_norm if kind == "layer_norm" else rms_norm
     parameters = (None, None) if kind == "layer_norm" else (None,)
@@ -226,7 +228,7 @@ def test_gradients_repeat_to_the_bit(kind, backend, device, poisoned):
     if kind == "rms_norm":
         tensors.pop("bias")
     tensors.pop("residual")
-    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"], kind))
+    skip_unless(norm._why_not(backend, tensors["x"], tensors["weight"]))
     op = layer_norm if kind == "layer_norm" else rms_norm
     leaves = {n: t.requires_grad_() for n, t in tensors.items()}
     first = torch.autograd.grad(op(**leaves, backend=backend), list(leaves.values()), dout)
@@ -236,11 +238,10 @@ def test_gradients_repeat_to_the_bit(kind, backend, device, poisoned):
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_kernels_take_no_fp64(kind, name):
+def test_kernels_take_no_fp64(name):
     if name == "triton":
         pytest.importorskip("triton")
-    if (kind, name) != ("rms_norm", "cuda"):
-        assert "not torch.float64" in norm._why_not(name, X.double(), None, kind)
+    assert "not torch.float64" in norm._why_not(name, X.double(), None)
 
 
 # --- the plain path and the registered op ---------------------------------------------------------------------------

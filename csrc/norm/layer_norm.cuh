@@ -1,5 +1,6 @@
 // layer_norm forward:  s = round(x + residual)     (s = x without a residual)
 //                      y = (s - mean) * rstd * weight + bias,   rstd = 1 / sqrt(mean((s - mean)^2) + eps)
+// rms_norm forward:    the same with 0 for the mean and no bias; a null `mean` says so.
 //
 // One read of x (and residual), one write of y (and s): bytes decide the speed, so accesses are 16 bytes wide and the
 // row stays in registers as fp32 between the sum, the sum of squared deviations and the write. The variance is taken
@@ -19,8 +20,7 @@
 
 #include <cstdint>
 
-#include "device/reduce.h"
-#include "device/vector_access.h"
+#include "norm/row_columns.cuh"
 
 namespace transfuse::norm {
 
@@ -39,20 +39,19 @@ struct LayerNormParams {
   const void* bias;      // (N) W or null
   void* y;               // (M, N) T
   void* summed;          // (M, N) T, null without a residual
-  float* mean;           // (M)
+  float* mean;           // (M), null for rms_norm
   float* rstd;           // (M)
   int64_t M, N;
   int64_t x_stride, residual_stride, y_stride, summed_stride;  // between rows, in elements
   float eps;
 };
 
-// ELEMENTS of one row in one thread's registers, from column `begin` of the row on. The loads of one tensor's packs all
-// precede their first use, so that they are in flight together: with one warp a row nothing else hides their latency.
+// ELEMENTS of one row in one thread's registers, from column `begin` of the row on.
 template <typename T, typename W, int VEC, int ELEMENTS>
-class RowTile {
+class RowTile : private RowColumns<VEC, ELEMENTS> {
  public:
   __device__ __forceinline__ RowTile(const LayerNormParams& p, int64_t m, int64_t begin)
-      : p_(p), m_(m), begin_(begin), columns_(static_cast<int>(min(p.N - begin, int64_t(ELEMENTS) * blockDim.x))) {}
+      : RowColumns<VEC, ELEMENTS>(p.N, begin), p_(p), m_(m) {}
 
   // s_reg = s, and `summed` is written on the way.
   __device__ __forceinline__ void read() {
@@ -124,20 +123,18 @@ class RowTile {
   }
 
  private:
-  static constexpr int kPacks = ELEMENTS / VEC;
+  using Columns = RowColumns<VEC, ELEMENTS>;
+  using Columns::begin_;
+  using Columns::column;
+  using Columns::inside;
+  using Columns::kPacks;
+  using Columns::load_all;
   using TPack = device::Pack<T, VEC>;
   using WPack = device::Pack<W, VEC>;
 
-  // Counted from `begin`, in 32 bits: 64-bit columns would cost a register an address.
-  __device__ __forceinline__ int column(int pack) const {
-    return (pack * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * VEC;
-  }
-
-  __device__ __forceinline__ bool inside(int pack) const { return column(pack) < columns_; }
-
   template <typename E, typename V>
   __device__ __forceinline__ E* at(V* data, int64_t row_stride) const {
-    return static_cast<E*>(data) + m_ * row_stride + begin_;
+    return this->template row<E>(data, m_, row_stride);
   }
 
   __device__ __forceinline__ static WPack filled(float value) {
@@ -145,11 +142,6 @@ class RowTile {
 #pragma unroll
     for (int j = 0; j < VEC; ++j) pack.at[j] = device::from_float<W>(value);
     return pack;
-  }
-
-  __device__ __forceinline__ void load_all(TPack (&packs)[kPacks], const T* from) const {
-#pragma unroll
-    for (int i = 0; i < kPacks; ++i) packs[i] = inside(i) ? device::load<VEC>(from + column(i)) : TPack{};
   }
 
   __device__ __forceinline__ void widen(const TPack (&packs)[kPacks]) {
@@ -161,8 +153,7 @@ class RowTile {
   }
 
   const LayerNormParams& p_;
-  const int64_t m_, begin_;
-  const int columns_;
+  const int64_t m_;
   float s_reg_[kPacks][VEC];
 };
 
@@ -173,21 +164,21 @@ __device__ __forceinline__ float reciprocal_deviation(float squares, int64_t N, 
 
 __device__ __forceinline__ void write_statistics(const LayerNormParams& p, int64_t m, float mean, float rstd) {
   if (threadIdx.x == 0) {
-    p.mean[m] = mean;
+    if (p.mean) p.mean[m] = mean;
     p.rstd[m] = rstd;
   }
 }
 
 template <typename T, typename W, int VEC>
 __global__ void __launch_bounds__(kMaxRowColumns / kRowElements<VEC>) layer_norm_row(const LayerNormParams p) {
-  __shared__ float sum_smem[device::kWarp], squares_smem[device::kWarp];
+  __shared__ float smem[2][device::kWarp];
+  RowSums row_sum(smem);
 
   for (int64_t m = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; m < p.M; m += int64_t(gridDim.x) * blockDim.y) {
     RowTile<T, W, VEC, kRowElements<VEC>> row(p, m, 0);
     row.read();
-    const float mean = device::row_sum(row.sum(), sum_smem) / static_cast<float>(p.N);
-    const float squares = device::row_sum(row.squared_deviations(mean), squares_smem);
-    const float rstd = reciprocal_deviation(squares, p.N, p.eps);
+    const float mean = p.mean ? row_sum(row.sum()) / static_cast<float>(p.N) : 0.0f;
+    const float rstd = reciprocal_deviation(row_sum(row.squared_deviations(mean)), p.N, p.eps);
     write_statistics(p, m, mean, rstd);
     row.write_normalised(mean, rstd);
   }
@@ -197,24 +188,30 @@ template <typename T, typename W, int VEC>
 __global__ void __launch_bounds__(kLoopThreads) layer_norm_loop(const LayerNormParams p) {
   constexpr int kElements = kRowElements<VEC> / 2;
   using Tile = RowTile<T, W, VEC, kElements>;
-  __shared__ float sum_smem[device::kWarp], squares_smem[device::kWarp];
+  __shared__ float smem[2][device::kWarp];
+  RowSums row_sum(smem);
   const int step = static_cast<int>(blockDim.x) * kElements;  // columns of the row a round
 
   for (int64_t m = blockIdx.x; m < p.M; m += gridDim.x) {
-    float sum = 0.0f, squares = 0.0f;
+    float sum = 0.0f, squares = 0.0f, mean = 0.0f;
     for (int64_t begin = 0; begin < p.N; begin += step) {
       Tile tile(p, m, begin);
       tile.read();
-      sum += tile.sum();
+      if (p.mean) {
+        sum += tile.sum();
+      } else {
+        squares += tile.squared_deviations(0.0f);
+      }
     }
-    const float mean = device::row_sum(sum, sum_smem) / static_cast<float>(p.N);
-
-    for (int64_t begin = 0; begin < p.N; begin += step) {
-      Tile tile(p, m, begin);
-      tile.read_again();
-      squares += tile.squared_deviations(mean);
+    if (p.mean) {
+      mean = row_sum(sum) / static_cast<float>(p.N);
+      for (int64_t begin = 0; begin < p.N; begin += step) {
+        Tile tile(p, m, begin);
+        tile.read_again();
+        squares += tile.squared_deviations(mean);
+      }
     }
-    const float rstd = reciprocal_deviation(device::row_sum(squares, squares_smem), p.N, p.eps);
+    const float rstd = reciprocal_deviation(row_sum(squares), p.N, p.eps);
     write_statistics(p, m, mean, rstd);
 
     for (int64_t begin = 0; begin < p.N; begin += step) {

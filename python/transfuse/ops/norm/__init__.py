@@ -120,7 +120,7 @@ def rms_norm(
     if _autocast.active(x):
         x, weight, residual = _float(x), _float(weight), _float(residual)
     _check("rms_norm", x, weight, None, eps, residual)
-    name = choose("rms_norm", x.device, backend, lambda b: _why_not(b, x, weight, "rms_norm"))
+    name = choose("rms_norm", x.device, backend, lambda b: _why_not(b, x, weight))
     if name in ("torch", "reference"):
         plain = torch_impl if name == "torch" else reference
         y, summed = plain.rms_norm(x, weight, eps, residual)
@@ -171,11 +171,9 @@ def _implementation(backend: str) -> ModuleType:
     return torch_impl
 
 
-def _why_not(backend: str, x: torch.Tensor, weight: torch.Tensor | None, op: str = "layer_norm") -> str | None:
+def _why_not(backend: str, x: torch.Tensor, weight: torch.Tensor | None) -> str | None:
     if backend in ("torch", "reference"):
         return None
-    if backend == "cuda" and op == "rms_norm":
-        return f"there is no {backend} kernel for {op} (use backend='torch')"
     reason: str | None = _implementation(backend).why_not(x, weight)
     return reason
 
@@ -217,9 +215,7 @@ def _layer_norm_grad(ctx, dout, dsummed, _dmean, _drstd):  # type: ignore[no-unt
 
 
 def _layer_norm_backward(dout, dsummed, summed, weight, bias, mean, rstd, eps, backend):  # type: ignore[no-untyped-def]
-    # An implementation may have a forward kernel before it has a backward one; ATen's is then used.
-    backward = getattr(_implementation(backend), "layer_norm_backward", torch_impl.layer_norm_backward)
-    return backward(dout, dsummed, summed, weight, bias, mean, rstd, eps)
+    return _implementation(backend).layer_norm_backward(dout, dsummed, summed, weight, bias, mean, rstd, eps)
 
 
 def _layer_norm_backward_fake(dout, dsummed, summed, weight, bias, mean, rstd, eps, backend):  # type: ignore[no-untyped-def]
