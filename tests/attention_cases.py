@@ -64,7 +64,7 @@ EVERYTHING = FEATURES[-1]
 
 
 def quick_interpreted(points: Callable[[dict[str, Any]], bool]) -> Callable[[T], T]:
-    """Triton's interpreter takes long over a test's whole grid: there only points(params) are not marked slow."""
+    """Kernels on a CPU, Triton's or CUDA's, take long over a test's whole grid: only points(params) are not slow."""
 
     def remember(test: T) -> T:
         test.quick_interpreted = points  # type: ignore[attr-defined]

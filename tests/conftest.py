@@ -38,12 +38,12 @@ def device_of(backend: str) -> torch.device:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is slow in Triton's interpreter is marked so; opcheck's tests skip where its expecttest is missing."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    """What is slow on interpreted kernels is marked so; opcheck's tests skip where its expecttest is missing."""
+    if not torch.cuda.is_available():
         for item in items:
             params = getattr(getattr(item, "callspec", None), "params", {})
             quick = getattr(getattr(item, "function", None), "quick_interpreted", None)
-            if quick is not None and params.get("backend") == "triton" and not quick(params):
+            if quick is not None and params.get("backend") in ("triton", "cuda") and not quick(params):
                 item.add_marker(pytest.mark.slow)
     if importlib.util.find_spec("expecttest") is None:
         for item in items:
