@@ -8,6 +8,7 @@ import torch
 
 from transfuse.errors import ArgumentError
 from transfuse.models.placement import machine_memory, usable_device
+from transfuse.ops.rotary import write_new
 
 
 class LayerKeyValues:
@@ -26,8 +27,7 @@ class LayerKeyValues:
         The cache's length moves on by :meth:`KVCache.advance`, after the last layer.
         """
         start, stop = self.owner.length, self.owner.length + k.shape[2]
-        self.keys[:, :, start:stop] = k
-        self.values[:, :, start:stop] = v
+        write_new(k, v, self.keys, self.values, start)
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
 

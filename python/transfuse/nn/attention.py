@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfuse.errors import ArgumentError, DtypeError
-from transfuse.nn.rotary import apply_rotary
 from transfuse.ops import _autocast, attention, attention_weights
+from transfuse.ops.rotary import rotate_heads
 
 
 class LayerCache(Protocol):
@@ -174,7 +174,7 @@ class Attention(nn.Module):
             q, k, v = qkv.split((h, g, g), dim=2)
         else:
             qk, v = qkv.split((h + g, g), dim=2)
-            q, k = apply_rotary(qk, *rotary).split((h, g), dim=2)
+            q, k = rotate_heads(qk, *rotary).split((h, g), dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from transfuse.errors import ConfigError
+from transfuse.ops.rotary import torch_impl
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def _llama3(frequencies: torch.Tensor, s: RopeScaling) -> torch.Tensor:
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the leading ``cos.shape[-1]`` dimensions of every head; dimension i is paired with i + half.
 
+    In plain PyTorch, on every device; :func:`transfuse.ops.rotary_embedding` has kernels.
+
     Args:
         x: (batch, length, heads, head_dim).
         cos, sin: (batch or 1, length, 1, rotary_dim), as :class:`RotaryEmbedding` gives them: sin with the sign of
@@ -86,11 +89,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     >>> torch.equal(y[:, 0], x[:, 0]), torch.allclose(y.norm(dim=-1), x.norm(dim=-1))
     (True, True)
     """
-    dim = cos.shape[-1]
-    if dim < x.shape[-1]:
-        turned = apply_rotary(x[..., :dim], cos, sin)
-        return torch.cat((turned, x[..., dim:]), dim=-1)
-    return torch.addcmul(x * cos, x.roll(dim // 2, -1), sin)
+    return torch_impl.turned(x, cos, sin)
 
 
 class RotaryEmbedding(nn.Module):

@@ -12,16 +12,19 @@ from transfuse.ops.attention import (
 from transfuse.ops.causal_softmax import causal_softmax
 from transfuse.ops.ffn import ffn, linear_act
 from transfuse.ops.norm import layer_norm, rms_norm
+from transfuse.ops.rotary import cache_append, rotary_embedding
 
 __all__ = [
     "attention",
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "cache_append",
     "causal_softmax",
     "ffn",
     "layer_norm",
     "linear_act",
     "rms_norm",
+    "rotary_embedding",
     "scaled_dot_product_attention",
 ]
