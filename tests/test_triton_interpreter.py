@@ -111,6 +111,13 @@ def test_programs_may_not_meet_but_in_atomics():
         add_up[(3,)](torch.ones(3, 4), torch.zeros(4), 4, True, 1)
 
 
+def test_programs_may_not_meet_in_what_is_given_twice_either():
+    x = torch.randn(3, 7)
+    assert copied(x, x) is x
+    with pytest.raises(Exception, match=r"program 1: reads element 7 of x.pointer .* which program 0 wrote"):
+        copied(x, x, more_out=1)
+
+
 def test_each_of_several_tensors_is_checked():
     with pytest.raises(Exception, match=r"reads 1 elements outside of y"):
         read_two[(1,)](torch.ones(3), torch.zeros(4), torch.empty(8), 3, 8)

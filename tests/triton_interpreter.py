@@ -31,13 +31,14 @@ class Region:
     count: int = field(init=False)  # elements from the first to the last
     last: np.uint64 = field(init=False)  # offset of the last in bytes
     reachable: np.ndarray | None = field(init=False)  # (count,) bool; None: all of them
-    writer: np.ndarray | None = field(init=False, default=None)  # (count,) int32, which program + 1, or 0
+    place: tuple[int, int, int] = field(init=False)  # the same for two arguments that are one tensor
 
     def __post_init__(self) -> None:
         t = self.tensor
         self.base, self.size = t.data_ptr(), t.element_size()
         steps = [(n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n > 1 and s > 0]
         self.count = 1 + sum((n - 1) * s for n, s in steps) if t.numel() else 0
+        self.place = (self.base, self.size, self.count)
         self.last = np.uint64(max(0, (self.count - 1) * self.size))
         self.reachable = None
         if math.prod(n for n, _ in steps) < self.count <= _LARGEST_MAP:
@@ -57,6 +58,7 @@ class Launch:
         self.program: tuple[int, ...] = (0, 0, 0)
         self.regions: list[Region] = []
         self.names: dict[int, str] = {}
+        self.writers: dict[tuple[int, int, int], np.ndarray] = {}  # by place: (count,) int32, which program + 1, or 0
 
     def tagged(self, t: torch.Tensor) -> int:
         self.regions.append(Region(self.names.get(id(t), "an argument"), t))
@@ -74,7 +76,7 @@ class Launch:
             if (pointers >> _TAG != tag).any():
                 return self._mixed(pointers, mask, does)
             self._fail(region, offset, outside & mask, does)
-        if region.reachable is not None or region.writer is not None or does == "writes":
+        if region.reachable is not None or does == "writes" or region.place in self.writers:
             self._check_elements(region, np.where(outside, 0, offset), mask, does)
         return offset + np.uint64(region.base)
 
@@ -98,12 +100,13 @@ class Launch:
                 self._fail(region, offset, between, does)
         if does == "atomically updates":
             return
-        if region.writer is None:
+        if region.place not in self.writers:
             if does != "writes":
                 return
-            region.writer = np.zeros(region.count, np.int32)
+            self.writers[region.place] = np.zeros(region.count, np.int32)
+        writer = self.writers[region.place]
         number = 1 + self.program[0]
-        before = region.writer[index]
+        before = writer[index]
         others = mask & (before != 0) & (before != number)
         if others.any():
             first = int(index[others][0])
@@ -112,7 +115,7 @@ class Launch:
                 f" {int(before[others][0]) - 1} wrote; programs run in any order"
             )
         if does == "writes":
-            region.writer[index[mask]] = number
+            writer[index[mask]] = number
 
     def _fail(self, region: Region, offset: np.ndarray, wrong: np.ndarray, does: str) -> None:
         first = int(offset[wrong].view(np.int64)[0]) // region.size

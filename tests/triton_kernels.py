@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import transfuse
+from transfuse.ops.rotary import cache_append, rotary_embedding
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], bool]  # function, args, kwargs, with backward
 
@@ -101,6 +102,18 @@ def decode(dtype: torch.dtype, head_dim: int = 128, q_len: int = 1, max_len: int
     return transfuse.attention_decode, (q, k, v, lengths), {"causal": True}, False
 
 
+def rotary(dtype: torch.dtype, head_dim: int = 128) -> Call:
+    q, k = empty(2, 1024, 16, head_dim, dtype=dtype), empty(2, 1024, 4, head_dim, dtype=dtype)
+    cos, sin = (empty(1, 1024, 1, head_dim, dtype=torch.float32, grad=False) for _ in range(2))
+    return rotary_embedding, (q, k, cos, sin), {}, True
+
+
+def append(dtype: torch.dtype) -> Call:
+    new = [empty(2, 8, 1, 128, dtype=dtype, grad=False) for _ in range(2)]
+    caches = [empty(2, 8, 8192, 128, dtype=dtype, grad=False) for _ in range(2)]
+    return cache_append, (*new, *caches, empty(2, dtype=torch.int32, grad=False)), {}, False
+
+
 CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "norm": functools.partial(norm, width=1024, residual=True),
     "norm_rms_unaligned": functools.partial(norm, width=1001, rms=True),
@@ -125,6 +138,8 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "attention_weights": weights,
     "varlen": varlen,
     "varlen_128": functools.partial(varlen, head_dim=128),
+    "rotary": rotary,
+    "cache_append": append,
     "decode": decode,
     "decode_64": functools.partial(decode, head_dim=64),
     "decode_few": functools.partial(decode, q_len=4),
