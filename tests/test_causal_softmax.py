@@ -11,51 +11,16 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from causal_softmax_cases import CAUSAL, DTYPES, INF, NAN, from_saved_probabilities, run
+from causal_softmax_cases import name_of as _id
 from conftest import skip_unless
-from oracle import check, to_fp64
+from oracle import check
 from transfuse.errors import ArgumentError, BackendError, DeviceError, DtypeError
 from transfuse.ops.causal_softmax import _diagonal, _why_not, causal_softmax, reference, torch_impl
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CAUSAL = [True, False, "lower_right"]
 SHAPES = [(2, 3, 17, 17), (1, 2, 5, 111), (3, 64, 8), (1, 1), (2, 1, 1, 300), (2, 128, 128)]
 EMPTY = [(0, 4, 4), (2, 0, 5), (2, 5, 0), (0, 0)]
 OP = torch.ops.transfuse.causal_softmax
-INF, NAN = float("inf"), float("nan")
-_id = lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v).removeprefix("torch.")  # noqa: E731
-
-
-def run(tensors, backend, *, causal=True, scale=0.3, dout=None, formulas=reference.causal_softmax):
-    """Judge the op against the formulas; absent tensors are None."""
-    tensors = {"mask": None, "bias": None, **tensors}
-    skip_unless(_why_not(backend, tensors["scores"], tensors["mask"], tensors["bias"]))
-    dout = torch.randn_like(tensors["scores"]) if dout is None else dout
-    return check(
-        lambda scores, scale, causal, mask, bias: causal_softmax(
-            scores, scale=scale, causal=causal, mask=mask, bias=bias, backend=backend
-        ),
-        formulas,
-        tensors,
-        grads=[g for g in ("scores", "bias") if tensors[g] is not None],
-        grad_outputs=[dout],
-        sizes=sizes(tensors, dout, scale, causal),
-        scale=scale,
-        causal=causal,
-    )
-
-
-def sizes(tensors, dout, scale, causal):
-    """What the gradients' sums are made of: dlogits = out (dout - sum(out dout)) often cancels to nothing."""
-    exact = to_fp64(tensors)
-    out = reference.causal_softmax(exact["scores"], scale, causal, exact["mask"], exact["bias"])
-    terms = (out * to_fp64(dout).abs()).nan_to_num(0.0)
-    found = {"dscores": abs(scale) * terms.sum(-1).max().item() if terms.numel() else 0.0}
-    if exact["bias"] is not None:
-        found["dbias"] = 2 * terms.sum_to_size(exact["bias"].shape).max().item()
-        if exact["bias"].dim() == 0 or exact["bias"].shape[-1] < out.shape[-1]:
-            # Whole rows of dlogits are summed, and that is 0 but for the rounding of the probabilities that are saved.
-            found["dbias"] *= max(1.0, torch.finfo(dout.dtype).eps / (8 * torch.finfo(torch.float32).eps))
-    return found
 
 
 @pytest.mark.parametrize("causal", CAUSAL, ids=_id)
@@ -97,24 +62,6 @@ def test_fp32_bias_on_low_precision_scores(dtype, backend, device):
     bias = torch.randn(4, 12, 12, device=device)
     formulas = reference.causal_softmax if backend == "torch" else from_saved_probabilities
     run({"scores": scores, "bias": bias}, backend, formulas=formulas)
-
-
-def from_saved_probabilities(scores, scale, causal, mask, bias):
-    """The formulas, with gradients from the probabilities as a result in scores' dtype holds them."""
-    exact = reference.causal_softmax(scores.double(), scale, causal, mask, bias.double())
-    rounded = exact.detach().to(scores.dtype).to(bias.dtype)
-
-    class Softmax(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, scores, bias):
-            return rounded.to(scores.dtype)
-
-        @staticmethod
-        def backward(ctx, dout):
-            dlogits = rounded * (dout - (rounded * dout).sum(-1, keepdim=True))
-            return (scale * dlogits).to(scores.dtype), dlogits.sum_to_size(bias.shape)
-
-    return Softmax.apply(scores, bias)
 
 
 # --- rows that see nothing, and values that hurt --------------------------------------------------------------------
@@ -261,95 +208,6 @@ def test_any_shape(lead, q_len, k_len, dtype, causal, scale, masked, biased, dat
     run(tensors, backend, causal=causal, scale=scale)
 
 
-def test_many_dimensions(backend, device, poisoned):
-    # Ten dimensions, permuted, none of which can be joined with its neighbour in all three.
-    shape = (1, 2, 1, 3, 2, 1, 2, 2, 2, 6)
-    scores = torch.randn(shape[::-1], device=device).permute(*range(9, -1, -1))
-    mask = torch.rand(2, 1, 3, 2, 1, 1, 2, 2, 6, device=device) > 0.3
-    run({"scores": scores, "mask": mask, "bias": torch.randn(3, 1, 1, 2, 1, 1, 6, device=device)}, backend)
-
-
-@pytest.mark.parametrize("bias", [(8, 3, 5), (3, 5), (5,), (3, 1), (8, 1, 5), ()], ids=str)
-def test_a_bias_gradient_is_summed_in_a_fixed_order(bias, backend, device, poisoned):
-    # 8 matrices: enough for the sum over them to be split among programs
-    scores, bias = torch.randn(8, 3, 5, device=device), torch.randn(bias, device=device)
-    run({"scores": scores, "bias": bias}, backend, causal=len(bias.shape) % 2 == 1)
-    leaf, dout = bias.requires_grad_(), torch.randn_like(scores)
-    first, second = (
-        torch.autograd.grad(causal_softmax(scores, bias=leaf, backend=backend), leaf, dout)[0] for _ in range(2)
-    )
-    assert torch.equal(first, second)
-
-
-def short_rows_only(monkeypatch, columns):
-    """Make a kernel take rows of more columns for too long to be kept in registers."""
-    triton_impl = pytest.importorskip("transfuse.ops.causal_softmax.triton_impl")
-    monkeypatch.setattr(triton_impl, "MOST_COLUMNS", columns)
-
-
-@pytest.mark.parametrize(
-    "dtype, causal, mask, bias",
-    [
-        (torch.float32, True, None, None),
-        (torch.bfloat16, False, (2, 1, 13), (2, 5, 13)),
-        (torch.bfloat16, "lower_right", (13,), (5, 13)),
-        (torch.float32, True, (5, 1), (13,)),
-        (torch.float16, True, (), (5, 1)),
-        (torch.bfloat16, "lower_right", None, ()),
-    ],
-    ids=_id,
-)
-def test_rows_too_long_for_registers(dtype, mask, bias, causal, backend, device, poisoned, monkeypatch):
-    if backend != "triton":
-        pytest.skip("the other backends have no limit to lower: see test_long_rows")
-    short_rows_only(monkeypatch, 4)
-    tensors = {"scores": torch.randn(2, 5, 13, device=device).mul(3).to(dtype)}
-    if mask is not None:
-        tensors["mask"] = torch.rand(mask, device=device) > 0.3
-    if bias is not None:
-        tensors["bias"] = torch.randn(bias, device=device).to(dtype)
-    run(tensors, backend, causal=causal)
-
-
-@pytest.mark.parametrize(
-    "dtype, k_len, bias",
-    [
-        (torch.float16, 4096, (2, 4096)),
-        (torch.bfloat16, 8200, (2, 1)),
-        (torch.bfloat16, 16392, (2, 16392)),
-        (torch.float32, 20001, (20001,)),
-    ],
-    ids=_id,
-)
-def test_long_rows(dtype, k_len, bias, backend, device, poisoned):
-    scores = torch.randn(2, 2, k_len, device=device).to(dtype)
-    bias = torch.randn(bias, device=device).to(dtype)
-    mask = torch.rand(k_len, device=device) > 0.5
-    run({"scores": scores, "mask": mask, "bias": bias}, backend, causal="lower_right")
-    if backend == "triton":
-        leaf = scores.requires_grad_()
-        out = causal_softmax(leaf, backend=backend)
-        out.sum().backward()  # the gradient comes in with strides of 0
-        assert out[:, 0, 1:].eq(0).all()
-        assert leaf.grad[:, 0].eq(0).all()
-
-
-@pytest.mark.parametrize("value", [NAN, INF], ids=str)
-def test_long_rows_and_values_that_hurt(value, backend, device, monkeypatch):
-    if backend == "triton":
-        short_rows_only(monkeypatch, 4)
-    scores = torch.randn(10, 10, device=device)
-    skip_unless(_why_not(backend, scores, None, None))
-    scores[5, 6:] = value  # hidden
-    scores[7, :8] = -INF  # nothing else to see
-    scores[9, 5:7] = value  # seen
-    out = causal_softmax(scores, backend=backend)
-    assert out[9].isnan().all()
-    assert out[7].eq(0).all()
-    assert out[:9].isfinite().all()
-    assert out[5].sum() > 0.99
-
-
 # --- the plain path and the registered op ---------------------------------------------------------------------------
 
 
@@ -485,16 +343,6 @@ def test_inputs_are_left_alone():
             for m in (None, mask):
                 causal_softmax(scores, scale=scale, mask=m, bias=b)
     assert all(torch.equal(a, b) for a, b in zip((scores, bias, mask), before, strict=True))
-
-
-def test_what_kernels_do_not_take():
-    pytest.importorskip("triton")
-    for backend in ("triton", "cuda"):
-        assert _why_not(backend, torch.ones(3, 3), None, None) is None
-        assert "not torch.float64" in _why_not(backend, torch.ones(3, 3).double(), None, None)
-    many = torch.ones(*[2] * 8, 3)
-    assert "up to 7 dimensions" in _why_not("cuda", many, None, None)
-    assert _why_not("triton", many, None, None) is None
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
