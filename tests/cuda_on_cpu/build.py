@@ -31,7 +31,15 @@ REPLACED = {"csrc/launch.cu"}  # by engine/tensors.cpp
 
 # -fsanitize=thread puts a call before every load and store; engine/memory.cpp defines what is called. The sanitizer's
 # own library is never linked.
-WATCHED = ["-fsanitize=thread", "-fsanitize=bounds,alignment", "-include", "cuda_runtime.h", "-x", "c++"]
+WATCHED = [
+    "-fsanitize=thread",
+    "-fsanitize=bounds,alignment",
+    "-DCUDA_ON_CPU_KERNELS",
+    "-include",
+    "cuda_runtime.h",
+    "-x",
+    "c++",
+]
 NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
 FLAGS = [
     "-std=c++17",

@@ -8,6 +8,11 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#ifdef CUDA_ON_CPU_KERNELS  // a .cu file: the standard headers that use alignas, before it becomes a macro
+#include <atomic>
+#include <functional>
+#include <memory>
+#endif
 
 #include "cuda_runtime_api.h"
 #include "engine.h"
@@ -21,8 +26,12 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // One copy will do: blocks run one after another. The engine finds these variables by their symbols. Dynamic shared
-// memory comes from device/shared_memory.h: `extern __shared__` cannot compile here.
+// memory comes from device/shared_memory.h: `extern __shared__` cannot compile here. C++ allows no alignas after static,
+// and CUDA allows it after __shared__: GCC's own word may stand in both places.
 #define __shared__ static
+#ifdef CUDA_ON_CPU_KERNELS
+#define alignas(...) __attribute__((aligned(__VA_ARGS__)))
+#endif
 
 #define CUDA_ON_CPU_VECTOR(type, name, bytes)                      \
   struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \

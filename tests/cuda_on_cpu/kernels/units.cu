@@ -66,7 +66,7 @@ __global__ void mma_tf32_kernel(const float* a, const float* b, float* d) {
 // in: (MATRICES, 8, 8) of 16 bits; out: (32 lanes, MATRICES) registers
 template <int MATRICES>
 __global__ void ldmatrix_kernel(const uint16_t* in, uint32_t* out, bool transposed) {
-  __shared__ __align__(16) uint16_t tile[MATRICES * 64];
+  __shared__ alignas(16) uint16_t tile[MATRICES * 64];
   for (unsigned i = threadIdx.x; i < MATRICES * 64; i += 32) tile[i] = in[i];
   __syncwarp();
   uint32_t m[MATRICES];
