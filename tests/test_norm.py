@@ -211,15 +211,15 @@ def test_one_parameter(given, hidden, backend, device, poisoned):
 
 
 def test_more_programs_than_two_dimensions_of_a_grid_take(kind, backend, device):
-    if backend != "torch" and device.type == "cpu":
-        pytest.skip("kernels that run on the CPU for their tests take minutes for as many programs")
+    if device.type == "cpu":
+        pytest.skip("as many programs take minutes without a GPU")
     skip_unless(norm._why_not(backend, torch.empty(1, device=device), None))
-    x = torch.randn(70_000, 4096, dtype=torch.float16, device=device)
+    x = torch.randn(70_000, 2056, dtype=torch.float16, device=device)  # one row a program
     op = layer_norm if kind == "layer_norm" else rms_norm
     parameters = (None, None) if kind == "layer_norm" else (None,)
     rows = torch.tensor([0, 65_535, 65_536, 69_999], device=device)
     y = op(x, *parameters, backend=backend)
-    torch.testing.assert_close(y[rows], op(x[rows], *parameters, backend="torch"), rtol=2e-3, atol=1e-4)
+    assert torch.equal(y[rows], op(x[rows], *parameters, backend=backend))
 
 
 def test_gradients_repeat_to_the_bit(kind, backend, device, poisoned):
