@@ -40,6 +40,7 @@ from transfuse.ops.attention.triton_gradients import (
     cut,
     like,
     make_call,
+    products,
     statistics_of,
     tile_at,
     zeros,
@@ -120,6 +121,7 @@ def attention_backward_dkdv(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
     # Under causal attention the first keys are seen most: they come first.
     program = tl.program_id(0)
@@ -131,8 +133,9 @@ def attention_backward_dkdv(  # type: ignore[no-untyped-def]
     first = first_position(rule, q_length, k_length)
     j = j_low + tl.arange(0, BLOCK_N)
     j_at, k_end, q_end = k_begin + j[:, None], k_begin + k_length, q_begin + q_length
-    k_tile = rows_of(inputs.k, b, kv_head, j_at, k_end, DIM, BLOCK_D, False)  # [BLOCK_N, BLOCK_D]
-    v_tile = rows_of(inputs.v, b, kv_head, j_at, k_end, V_DIM, BLOCK_DV, False)  # [BLOCK_N, BLOCK_DV]
+    if RESIDENT:
+        k_tile = rows_of(inputs.k, b, kv_head, j_at, k_end, DIM, BLOCK_D, False)  # [BLOCK_N, BLOCK_D]
+        v_tile = rows_of(inputs.v, b, kv_head, j_at, k_end, V_DIM, BLOCK_DV, False)  # [BLOCK_N, BLOCK_DV]
     dk_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
 
@@ -155,10 +158,13 @@ def attention_backward_dkdv(  # type: ignore[no-untyped-def]
                 slope = of_head(inputs.slopes, b, h)
             i = i_low + tl.arange(0, BLOCK_M)
             i_at = q_begin + i[:, None]
-            q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, not EDGE)  # [BLOCK_M, BLOCK_D]
             lse2 = base2(statistics_of(inputs.lse, b, h, q_begin, i, q_length, float("inf"), EDGE))
             # S^T = K Q^T [BLOCK_N, BLOCK_M]
-            dots = dot(k_tile, tl.trans(q_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            if RESIDENT:
+                q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, not EDGE)  # [BLOCK_M, BLOCK_D]
+                dots = dot(k_tile, tl.trans(q_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            else:
+                dots = products(inputs.k, inputs.q, b, kv_head, h, j_at, k_end, i_at, q_end, DIM, PRECISION)
             s, through = scores(
                 dots, i[None, :], j[:, None], b, h, first, q_length, k_length,
                 inputs.mask, inputs.bias, slope, rule, EDGE,
@@ -173,11 +179,16 @@ def attention_backward_dkdv(  # type: ignore[no-untyped-def]
             # dV += (D P)^T dO [BLOCK_N, BLOCK_DV]
             dv_sum = dot(rounded(dropped, dout_tile.dtype), dout_tile, dv_sum, PRECISION)
             # dP^T = V dO^T [BLOCK_N, BLOCK_M]
-            dp = dot(v_tile, tl.trans(dout_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            if RESIDENT:
+                dp = dot(v_tile, tl.trans(dout_tile), tl.zeros([BLOCK_N, BLOCK_M], tl.float32), PRECISION)
+            else:
+                dp = products(inputs.v, inputs.dout, b, kv_head, h, j_at, k_end, i_at, q_end, V_DIM, PRECISION)
             if seed is not None:
                 dp = tl.where(keep, dp * up, 0.0)
             delta = statistics_of(inputs.delta, b, h, q_begin, i, q_length, 0.0, EDGE)
             ds = p * (dp - delta[None, :]) * through
+            if not RESIDENT:
+                q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, not EDGE)
             # dK += dS^T Q [BLOCK_N, BLOCK_D]
             dk_sum = dot(rounded(ds, q_tile.dtype), q_tile, dk_sum, PRECISION)
 
@@ -216,6 +227,7 @@ def attention_backward_dq(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
     # Under causal attention the last queries see the most keys: they come first.
     program = tl.program_id(0)
@@ -228,8 +240,9 @@ def attention_backward_dq(  # type: ignore[no-untyped-def]
     first = first_position(rule, q_length, k_length)
     i = i_low + tl.arange(0, BLOCK_M)
     i_at, q_end, k_end = q_begin + i[:, None], q_begin + q_length, k_begin + k_length
-    q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, False)  # [BLOCK_M, BLOCK_D]
-    dout_tile = rows_of(inputs.dout, b, h, i_at, q_end, V_DIM, BLOCK_DV, False)  # [BLOCK_M, BLOCK_DV]
+    if RESIDENT:
+        q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, False)  # [BLOCK_M, BLOCK_D]
+        dout_tile = rows_of(inputs.dout, b, h, i_at, q_end, V_DIM, BLOCK_DV, False)  # [BLOCK_M, BLOCK_DV]
     lse2 = base2(statistics_of(inputs.lse, b, h, q_begin, i, q_length, float("inf"), True))
     delta = statistics_of(inputs.delta, b, h, q_begin, i, q_length, 0.0, True)
     row = (tl.cast(b, tl.int64) * heads + h) * q_len + i
@@ -250,17 +263,23 @@ def attention_backward_dq(  # type: ignore[no-untyped-def]
             j_low = tile_at(unit, start, before, inner, EDGE) * BLOCK_N
             j = j_low + tl.arange(0, BLOCK_N)
             j_at = k_begin + j[:, None]
-            k_tile = rows_of(inputs.k, b, kv_head, j_at, k_end, DIM, BLOCK_D, not EDGE)  # [BLOCK_N, BLOCK_D]
             # S = Q K^T [BLOCK_M, BLOCK_N]
-            dots = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+            if RESIDENT:
+                k_tile = rows_of(inputs.k, b, kv_head, j_at, k_end, DIM, BLOCK_D, not EDGE)  # [BLOCK_N, BLOCK_D]
+                dots = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+            else:
+                dots = products(inputs.q, inputs.k, b, h, kv_head, i_at, q_end, j_at, k_end, DIM, PRECISION)
             s, through = scores(
                 dots, i[:, None], j[None, :], b, h, first, q_length, k_length,
                 inputs.mask, inputs.bias, slope, rule, EDGE,
             )  # fmt: skip
             p = tl.exp2(s - lse2[:, None])
-            v_tile = rows_of(inputs.v, b, kv_head, j_at, k_end, V_DIM, BLOCK_DV, not EDGE)
             # dP = dO V^T [BLOCK_M, BLOCK_N]
-            dp = dot(dout_tile, tl.trans(v_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+            if RESIDENT:
+                v_tile = rows_of(inputs.v, b, kv_head, j_at, k_end, V_DIM, BLOCK_DV, not EDGE)  # [BLOCK_N, BLOCK_DV]
+                dp = dot(dout_tile, tl.trans(v_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
+            else:
+                dp = products(inputs.dout, inputs.v, b, h, kv_head, i_at, q_end, j_at, k_end, V_DIM, PRECISION)
             if seed is not None:
                 dp = tl.where(kept(seed, row, j_low, threshold, BLOCK_N), dp * up, 0.0)
             ds = p * (dp - delta[:, None])
@@ -271,6 +290,8 @@ def attention_backward_dq(  # type: ignore[no-untyped-def]
             if dslopes is not None:
                 distance = tl.abs(first + i[:, None] - j[None, :]).to(tl.float32)
                 dslope_sum += tl.sum(ds * distance, 1)
+            if not RESIDENT:
+                k_tile = rows_of(inputs.k, b, kv_head, j_at, k_end, DIM, BLOCK_D, not EDGE)
             # dQ += dS K [BLOCK_M, BLOCK_D]
             dq_sum = dot(rounded(ds * through, k_tile.dtype), k_tile, dq_sum, PRECISION)
 

@@ -2,8 +2,9 @@
 
 Registers decide: a thread holds its part of the sums (dK and dV, or dQ), of S and dP, and where the tensor cores read
 their operands from registers (before Hopper, and on it for tiles of fewer than 64 rows) of the tiles that stay. A mask,
-a bias, soft capping and dropout bring more: with one of them tiles are smaller, with several smaller again. No choice
-here spills, for any of the features (``tests/test_triton_compiled.py`` looks).
+a bias, soft capping and dropout bring more: with one of them tiles are smaller, with several smaller again. fp32 has
+high and low parts as operands (three tf32 products): rows wider than 64 come a part at a time, from L1 or L2, in one
+stage. All sizes are the largest of those tried that compile without spilling, with the features that they are for.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def dkdv_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
 def _dkdv_fp32(width: int, extras: int) -> Tiles:
     if width <= 64:
         return Tiles(32, 32, 8, 2) if extras == 0 else Tiles(16, 32, 8, 2)
-    return Tiles(16, 32, 8, 2) if width <= 128 else Tiles(16, 16, 8, 1)
+    if width <= 128:
+        return Tiles(32, 32, 8, 1) if extras == 0 else Tiles(16, 32, 8, 1)
+    return Tiles(16, 32, 8, 1) if extras == 0 else Tiles(16, 16, 8, 1)
 
 
 def dq_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
@@ -68,14 +71,14 @@ def dq_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
 def _dq_fp32(width: int, extras: int) -> Tiles:
     if width <= 64:
         return Tiles(64, 32, 8, 2) if extras == 0 else Tiles(32, 32, 8, 2)
-    return Tiles(32, 16, 8, 2) if width <= 128 else Tiles(16, 16, 8, 1)
+    return Tiles(32, 32, 8, 1) if extras == 0 else Tiles(16, 32, 8, 1)
 
 
 def dbias_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
     """No sum but that of dS; its tile is what a program writes."""
     width, extras, _ = _facts(call, q, v)
     if q.dtype == torch.float32:
-        tiles = Tiles(32, 32, 8, 2) if width <= 128 else Tiles(16, 16, 8, 1)
+        tiles = Tiles(32, 32, 8, 2) if width <= 64 else Tiles(32, 32, 8, 1)
     elif extras > 1 or width > 128:
         tiles = Tiles(64, 32, 8, 2) if width <= 128 else Tiles(32, 32, 8, 2)
     else:

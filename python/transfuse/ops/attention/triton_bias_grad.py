@@ -25,7 +25,7 @@ from transfuse.ops._triton import dot, kept, launch, rounded
 from transfuse.ops._tuning import tuned
 from transfuse.ops.attention.triton_backward_tiles import dbias_tiles
 from transfuse.ops.attention.triton_forward import rows_of
-from transfuse.ops.attention.triton_gradients import NUMBERS, Call, base2, constants, statistics_of, zeros
+from transfuse.ops.attention.triton_gradients import NUMBERS, Call, base2, constants, products, statistics_of, zeros
 from transfuse.ops.attention.triton_scores import (
     Lengths,
     first_position,
@@ -102,6 +102,7 @@ def _ds(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
     """dS [BLOCK_M, BLOCK_N] of queries i and keys j of one head; 0 beyond their ends."""
     q_begin, q_length = q_span(lengths, b, q_len)
@@ -114,19 +115,25 @@ def _ds(  # type: ignore[no-untyped-def]
     if inputs.slopes.pointer is not None:
         slope = of_head(inputs.slopes, b, h)
     nothing = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-    q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, False)  # [BLOCK_M, BLOCK_D]
-    k_tile = rows_of(inputs.k, b, kv_head, j_at, k_end, DIM, BLOCK_D, False)  # [BLOCK_N, BLOCK_D]
     # S = Q K^T [BLOCK_M, BLOCK_N]
-    dots = dot(q_tile, tl.trans(k_tile), nothing, PRECISION)
+    if RESIDENT:
+        q_tile = rows_of(inputs.q, b, h, i_at, q_end, DIM, BLOCK_D, False)  # [BLOCK_M, BLOCK_D]
+        k_tile = rows_of(inputs.k, b, kv_head, j_at, k_end, DIM, BLOCK_D, False)  # [BLOCK_N, BLOCK_D]
+        dots = dot(q_tile, tl.trans(k_tile), nothing, PRECISION)
+    else:
+        dots = products(inputs.q, inputs.k, b, h, kv_head, i_at, q_end, j_at, k_end, DIM, PRECISION)
     s, _ = scores(
         dots, i[:, None], j[None, :], b, h, first, q_length, k_length, inputs.mask, inputs.bias, slope, rule, True
     )
     lse2 = base2(statistics_of(inputs.lse, b, h, q_begin, i, q_length, float("inf"), True))
     p = tl.exp2(s - lse2[:, None])
-    dout_tile = rows_of(inputs.dout, b, h, i_at, q_end, V_DIM, BLOCK_DV, False)  # [BLOCK_M, BLOCK_DV]
-    v_tile = rows_of(inputs.v, b, kv_head, j_at, k_end, V_DIM, BLOCK_DV, False)  # [BLOCK_N, BLOCK_DV]
     # dP = dO V^T [BLOCK_M, BLOCK_N]
-    dp = dot(dout_tile, tl.trans(v_tile), nothing, PRECISION)
+    if RESIDENT:
+        dout_tile = rows_of(inputs.dout, b, h, i_at, q_end, V_DIM, BLOCK_DV, False)  # [BLOCK_M, BLOCK_DV]
+        v_tile = rows_of(inputs.v, b, kv_head, j_at, k_end, V_DIM, BLOCK_DV, False)  # [BLOCK_N, BLOCK_DV]
+        dp = dot(dout_tile, tl.trans(v_tile), nothing, PRECISION)
+    else:
+        dp = products(inputs.dout, inputs.v, b, h, kv_head, i_at, q_end, j_at, k_end, V_DIM, PRECISION)
     if seed is not None:
         row = (tl.cast(b, tl.int64) * heads + h) * q_len + i
         dp = tl.where(kept(seed, row, j_low, threshold, j.shape[0]), dp * up, 0.0)
@@ -172,6 +179,7 @@ def attention_backward_dbias(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    RESIDENT: tl.constexpr,
 ):
     program = tl.program_id(0)
     down = 1 if COLUMNS and not ROWS else tl.cdiv(q_len, BLOCK_M)
@@ -199,10 +207,10 @@ def attention_backward_dbias(  # type: ignore[no-untyped-def]
         if VARY:
             if _seen(rule, lengths, q_len, k_len, b, i_low, j_low, BLOCK_M, BLOCK_N):
                 total += _ds(inputs, rule, lengths, seed, threshold, up, heads, group, q_len, k_len, b, h, i, j, j_low,
-                             DIM, V_DIM, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+                             DIM, V_DIM, BLOCK_D, BLOCK_DV, PRECISION, RESIDENT)  # fmt: skip
         else:
             total += _ds(inputs, rule, lengths, seed, threshold, up, heads, group, q_len, k_len, b, h, i, j, j_low,
-                         DIM, V_DIM, BLOCK_D, BLOCK_DV, PRECISION)  # fmt: skip
+                         DIM, V_DIM, BLOCK_D, BLOCK_DV, PRECISION, RESIDENT)  # fmt: skip
 
     # A bias of (., ., 1, 1) has a partial for each split of each tile of queries.
     part = split if ROWS or COLUMNS else split * down + q_low // BLOCK_M

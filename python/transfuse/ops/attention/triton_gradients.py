@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from transfuse.ops._triton import precision
-from transfuse.ops.attention.triton_scores import LOG2E, Lengths, Rule, Strided, per_head, rule, strided
+from transfuse.ops._triton import dot, precision
+from transfuse.ops.attention.triton_scores import LOG2E, Lengths, Rule, Strided, per_head, rule, strided, tile
 from transfuse.ops.attention.triton_tiles import Tiles, block_d
 from transfuse.ops.attention.variant import Variant
 
@@ -118,6 +118,14 @@ def like(t: torch.Tensor, packed: bool) -> torch.Tensor:
     return t.new_zeros(t.shape[2], t.shape[1], t.shape[3]).transpose(0, 1)[None]
 
 
+def resident(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether tiles of rows are read whole, and those that a program keeps once: not where rows are wide and fp32.
+
+    Those are read again, a part at a time (:func:`products`).
+    """
+    return q.dtype != torch.float32 or max(block_d(q.shape[3]), block_d(v.shape[3])) <= 64
+
+
 def constants(tiles: Tiles, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
     """What every kernel over tiles of scores is compiled for."""
     return {
@@ -127,6 +135,7 @@ def constants(tiles: Tiles, q: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
         "BLOCK_D": block_d(q.shape[3]),
         "BLOCK_DV": block_d(v.shape[3]),
         "PRECISION": precision(q.dtype),
+        "RESIDENT": resident(q, v),
     }
 
 
@@ -139,6 +148,23 @@ def statistics_of(t, b, h, begin, i, length, OTHER: tl.constexpr, EDGE: tl.const
         return tl.load(pointers, mask=i < length, other=OTHER)
     else:  # noqa: RET505 - a constexpr branch
         return tl.load(pointers)
+
+
+@triton.jit
+def products(x, y, b, x_head, y_head, x_at, x_end, y_at, y_end, WIDTH: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x y^T, [len(x_at), len(y_at)] fp32, 32 columns at a time; x_at, y_at: rows, [len, 1], zero from their ends on.
+
+    Of fp32 the tensor cores take the operands' high and low parts from registers: of whole wide rows they fill them.
+    """
+    total = tl.zeros([x_at.shape[0], y_at.shape[0]], tl.float32)
+    # WIDTH, but not to the compiler: it would unroll the loop and hold all parts at a time.
+    width = WIDTH + tl.minimum(x_end, 0)
+    for first in tl.range(0, width, 32, num_stages=1):
+        column = first + tl.arange(0, 32)[None, :]
+        left = tl.load(tile(x, b, x_head, x_at, column), mask=(x_at < x_end) & (column < WIDTH), other=0.0)
+        right = tl.load(tile(y, b, y_head, y_at, column), mask=(y_at < y_end) & (column < WIDTH), other=0.0)
+        total = dot(left, tl.trans(right), total, PRECISION)
+    return total
 
 
 @triton.jit
