@@ -17,7 +17,7 @@ from transfuse.ops._philox import keep_mask
 from transfuse.ops.ffn import ACTIVATIONS, _why_not, ffn, linear_act, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-SHAPES = [((3, 5), 16, 40), ((2, 7), 33, 57), ((1,), 64, 256), ((), 8, 24), ((2, 1, 3), 1, 1), ((130,), 96, 384)]
+SHAPES = [((3, 5), 16, 40), ((2, 7), 33, 57), ((1,), 64, 256), ((), 8, 24), ((2, 1, 3), 1, 1), ((130,), 96, 200)]
 OPS = torch.ops.transfuse
 PARAMETERS = ("w1", "b1", "w2", "b2", "w_gate")
 _id = lambda v: "x".join(map(str, v)) if isinstance(v, tuple) else str(v).removeprefix("torch.")  # noqa: E731
