@@ -181,7 +181,7 @@ def test_empty(shape, backend, device):
     assert bias.grad.eq(0).all()
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     lead=st.lists(st.integers(1, 4), max_size=2),
     q_len=st.integers(1, 40),
