@@ -98,8 +98,9 @@ def _fp32(width: int, hopper: bool, extras: bool) -> Tiles:
 def step(q: torch.Tensor, v: torch.Tensor, variant: Variant) -> int:
     """Columns of q and k in one product: all, unless the parts of a wide fp32 q would fill the registers."""
     width = max(block_d(q.shape[3]), block_d(v.shape[3]))
-    whole = q.dtype != torch.float32 or width <= 64 or (width <= 128 and not any(_extras(variant)))
-    return block_d(q.shape[3]) if whole else min(64, block_d(q.shape[3]))
+    extras = any(_extras(variant))
+    whole = q.dtype != torch.float32 or width <= 64 or (width <= 128 and not extras)
+    return block_d(q.shape[3]) if whole else min(32 if extras else 64, block_d(q.shape[3]))
 
 
 def _fitting(tiles: Tiles, q: torch.Tensor, v: torch.Tensor, variant: Variant, target: tuple[int, int]) -> Tiles:
@@ -146,4 +147,4 @@ def forward_candidates(tiles: Tiles) -> list[Tiles]:
 
 def weights_tiles(q: torch.Tensor, k_len: int) -> Tiles:
     """One product a program and a tile of probabilities to write: as large as registers hold with every extra."""
-    return capped(Tiles(32, 32, 4, 1) if q.dtype == torch.float32 else Tiles(64, 64, 4, 1), q.shape[2], k_len)
+    return capped(Tiles(32, 32, 8, 1) if q.dtype == torch.float32 else Tiles(64, 64, 4, 1), q.shape[2], k_len)
