@@ -66,6 +66,8 @@ def supported(backend, tensors):
 def test_values_and_gradients(case, q_len, causal, feature, dtype, way, backend, device, poisoned):
     if dtype != torch.float32 and case not in (("mixed", "full") if backend == "torch" else ("mixed",)):
         pytest.skip("these lengths differ in indexing alone")
+    if backend != "torch" and case != "mixed" and feature not in (FEATURES[0], FEATURES[-1]):
+        pytest.skip("each feature by itself is tested with mixed lengths")
     tensors, options = make(LENGTHS[case], q_len, dtype, device, feature)
     supported(backend, tensors)
     grads = [n for n, t in tensors.items() if t.is_floating_point()]
