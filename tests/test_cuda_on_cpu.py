@@ -148,6 +148,22 @@ def test_the_gap_between_rows_is_out_of_bounds(engine: Kernels) -> None:
         engine("run_rows", True, source[:, :7], wide)
 
 
+def test_a_workspace_is_read_after_it_was_written(engine: Kernels) -> None:
+    source, work, out = torch.randn(N), torch.empty(N), torch.empty(N)
+    engine("run_workspace", False, source, work, out)
+    assert torch.equal(out, source)
+    with pytest.raises(RuntimeError, match=r"reads byte 396 of work float32 \(100\), which nothing has written"):
+        engine("run_workspace", True, source, work, out)
+
+
+def test_a_tensor_that_the_call_does_not_list(engine: Kernels) -> None:
+    storage = torch.randn(2**20)  # 4 MB: the output is not near
+    source, out = storage[:N], torch.empty(N)
+    engine("run_unlisted", False, source, out)
+    with pytest.raises(RuntimeError, match=r"4-byte read out of bounds: .*(in no tensor of the call|out float32)"):
+        engine("run_unlisted", True, source, out)
+
+
 def test_a_launch_that_a_gpu_refuses(engine: Kernels) -> None:
     x = torch.zeros(2000)
     with pytest.raises(RuntimeError, match=r"a GPU refuses a block of \(2000, 1, 1\) threads"):

@@ -113,7 +113,10 @@ std::string function_name(const void* function) {
     if (address != reinterpret_cast<uintptr_t>(function)) continue;
     const std::string full = demangled(name.c_str());
     const size_t begin = full.compare(0, 5, "void ") == 0 ? 5 : 0;  // templates show their return type
-    return full.substr(begin, full.rfind('(') - begin);
+    std::string bare = full.substr(begin, full.rfind('(') - begin);
+    const std::string unnamed = "(anonymous namespace)::";
+    for (size_t at; (at = bare.find(unnamed)) != std::string::npos;) bare.erase(at, unnamed.size());
+    return bare;
   }
   return "a kernel";
 }

@@ -287,4 +287,29 @@ void run_rows(bool bug, const TensorView& in, const TensorView& out, const trans
                     int(in.sizes[1]) + bug, int(in.strides[0]), int(out.strides[0]));
 }
 
+__global__ void copy(const float* in, float* out, int n) {
+  const int i = index();
+  if (i < n) out[i] = in[i];
+}
+
+// Two launches of one call, the second reads what the first wrote; the bug leaves an element of it out.
+void run_workspace(bool bug, const TensorView& in, const TensorView& work, const TensorView& out,
+                   const transfuse::LaunchTarget& target) {
+  using transfuse::Role;
+  const transfuse::Call call("planted_workspace",
+                             {{"in", &in}, {"work", &work, Role::Workspace}, {"out", &out, Role::Output}});
+  const int n = static_cast<int>(in.sizes[0]);
+  const dim3 grid((n + 31) / 32);
+  transfuse::launch(call, target, grid, dim3(32), 0, copy, in.as<float>(), work.as<float>(), n - int(bug));
+  transfuse::launch(call, target, grid, dim3(32), 0, copy, work.as<float>(), out.as<float>(), n);
+}
+
+// The bug forgets to list an input.
+void run_unlisted(bool bug, const TensorView& in, const TensorView& out, const transfuse::LaunchTarget& target) {
+  const transfuse::Call call("planted_unlisted",
+                             {{"in", bug ? nullptr : &in}, {"out", &out, transfuse::Role::Output}});
+  const int n = static_cast<int>(in.sizes[0]);
+  transfuse::launch(call, target, dim3((n + 31) / 32), dim3(32), 0, copy, in.as<float>(), out.as<float>(), n);
+}
+
 }  // namespace planted

@@ -15,6 +15,9 @@ using transfuse::TensorView;
 void run(const std::string& name, bool bug, const TensorView& in, const TensorView& out, int threads, int shared_bytes,
          const LaunchTarget& target);
 void run_rows(bool bug, const TensorView& in, const TensorView& out, const LaunchTarget& target);
+void run_workspace(bool bug, const TensorView& in, const TensorView& work, const TensorView& out,
+                   const LaunchTarget& target);
+void run_unlisted(bool bug, const TensorView& in, const TensorView& out, const LaunchTarget& target);
 
 // units.cu
 void convert(const TensorView& from, const TensorView& to, const LaunchTarget& target);
