@@ -45,7 +45,7 @@ def test_values_and_gradients(shape, dtype, causal, backend, device, poisoned):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
 def test_masks_and_biases_of_every_shape(mask, bias, dtype, causal, backend, device, poisoned):
     tensors = {"scores": torch.randn(2, 3, 7, 9, device=device).to(dtype)}
     if mask is not None:
