@@ -76,13 +76,14 @@ def _dq_fp32(width: int, extras: int) -> Tiles:
 
 def dbias_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
     """No sum but that of dS; its tile is what a program writes."""
-    width, extras, _ = _facts(call, q, v)
+    width, extras, hopper = _facts(call, q, v)
     if q.dtype == torch.float32:
-        tiles = Tiles(32, 32, 8, 2) if width <= 64 else Tiles(32, 32, 8, 1)
-    elif extras > 1 or width > 128:
-        tiles = Tiles(64, 32, 8, 2) if width <= 128 else Tiles(32, 32, 8, 2)
+        narrow = Tiles(32, 32, 8, 2) if extras <= 1 else Tiles(16, 32, 8, 2)
+        tiles = narrow if width <= 64 else Tiles(32, 32, 8, 1)
+    elif extras <= 1 and width <= (128 if hopper else 64):
+        tiles = Tiles(64, 64, 8, 2)
     else:
-        tiles = Tiles(64, 64, 4 if width <= 64 else 8, 2)
+        tiles = Tiles(64, 32, 8, 2) if width <= 128 else Tiles(32, 32, 8, 2)
     return _choice(call, q, v, tiles)
 
 
