@@ -114,6 +114,7 @@ BUGS = {  # kernel: threads a block, what the message says in whatever order thr
     ),
     "copy_without_barrier": (64, rf"({NOT_YET}|reads {STAGED} before the cp.async of {THREAD} into it was waited for)"),
     "copy_misaligned": (32, r"misaligned cp.async: its source must be at a multiple of 16 bytes"),
+    "copy_left_behind": (64, rf"4-byte write out of bounds: up to 4 bytes past the end of {OUT}"),
     "ldmatrix_misaligned": (32, r"misaligned: ldmatrix reads rows at multiples of 16 bytes"),
 }
 

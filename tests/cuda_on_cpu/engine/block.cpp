@@ -232,6 +232,7 @@ void run(const cudaLaunchConfig_t& config, const void* kernel, void (*entry)(voi
     prepare_threads(static_cast<unsigned>(order.size()), blockDim);
     run_block(order, seed ? &random : nullptr);
     if (failure.empty()) continue;
+    forget_shared_memory();
     throw std::runtime_error(
         text("cuda_on_cpu: %s: block (%u, %u, %u), ", name.c_str(), blockIdx.x, blockIdx.y, blockIdx.z) + failure +
         source_of(failed_instruction));

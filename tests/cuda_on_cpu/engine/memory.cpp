@@ -17,7 +17,6 @@ alignas(1024) unsigned char dynamic_memory[kDynamicCapacity];
 std::vector<Cell> dynamic_cells(kDynamicCapacity), static_cells;
 size_t dynamic_bytes;
 const unsigned char *parameters_begin, *parameters_end;
-bool left_in_disorder = false;
 
 std::string shared_name(const void* address, const Symbol* variable) {
   const auto at = reinterpret_cast<uintptr_t>(address);
@@ -94,7 +93,6 @@ void shared_access(Cell* cells, const void* address, size_t bytes, Access kind, 
 #pragma GCC diagnostic ignored "-Wformat-nonliteral"
       snprintf(buffer, sizeof(buffer), message, where.c_str(), who.c_str());
 #pragma GCC diagnostic pop
-      left_in_disorder = true;
       fail_at(instruction, buffer);
     }
     record(cells[i], kind, static_cast<uint16_t>(me));
@@ -121,11 +119,11 @@ void prepare_memory(const void* kernel, size_t dynamic_shared_bytes, const void*
   parameters_begin = static_cast<const unsigned char*>(parameters);
   parameters_end = parameters_begin + parameter_bytes;
   static_cells.resize(shared_symbols().empty() ? 0 : shared_symbols().back().end() - shared_symbols().front().begin);
-  if (left_in_disorder) {  // a kernel that failed may have left copies in flight
-    std::fill(dynamic_cells.begin(), dynamic_cells.end(), Cell{});
-    std::fill(static_cells.begin(), static_cells.end(), Cell{});
-  }
-  left_in_disorder = false;
+}
+
+void forget_shared_memory() {
+  std::fill(dynamic_cells.begin(), dynamic_cells.end(), Cell{});
+  std::fill(static_cells.begin(), static_cells.end(), Cell{});
 }
 
 bool is_shared(const void* address) {

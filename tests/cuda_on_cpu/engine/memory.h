@@ -19,5 +19,6 @@ void access(const void* address, size_t bytes, Access kind, bool aligned, const 
 bool is_shared(const void* address);
 
 void prepare_memory(const void* kernel, size_t dynamic_shared_bytes, const void* parameters, size_t parameter_bytes);
+void forget_shared_memory();  // after a kernel that failed, perhaps with copies in flight
 
 }  // namespace cuda_on_cpu

@@ -222,6 +222,17 @@ __global__ void copy_misaligned(const float* in, float* out, int n, int bug) {
   for (int j = 0; j < 4 && 4 * i + j < n; ++j) out[4 * i + j] = staged[4 * t + j];
 }
 
+// What the failed kernel left in flight must not meet the next one.
+__global__ void copy_left_behind(const float* in, float* out, int n, int bug) {
+  __shared__ float staged[64];
+  const int i = index(), t = static_cast<int>(threadIdx.x);
+  cp_async<4>(&staged[t], in + i, i < n ? 4 : 0);
+  cp_async_commit();
+  if (bug && t == 40) out[n] = 0.0f;
+  cp_async_wait<0>();
+  if (i < n) out[i] = staged[t];
+}
+
 __global__ void ldmatrix_misaligned(const float* in, float* out, int n, int bug) {
   __shared__ __align__(16) float staged[64];
   const int i = index(), t = static_cast<int>(threadIdx.x);
@@ -258,7 +269,7 @@ const std::map<std::string, Kernel> kernels = {NAMED(read_past_end),
                                                NAMED(copy_without_wait),
                                                NAMED(copy_waits_for_too_few),
                                                NAMED(copy_without_barrier),
-                                               NAMED(copy_misaligned),
+                                               NAMED(copy_misaligned), NAMED(copy_left_behind),
                                                NAMED(ldmatrix_misaligned)};
 
 }  // namespace
