@@ -80,22 +80,24 @@ def test_a_bias_of_many_batch_rows_adds_up_in_fp32(dtype, backend, device):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "flipped"),
     [
-        {},
-        {"causal": True},
-        {"causal": "lower_right"},
-        {"window": (9, 20)},
-        {"window": (30, -1), "softcap": 2.0},
-        {"window": (-1, 3)},
-        {"window": (0, 0)},
+        ({"causal": True}, False),
+        ({"causal": True}, True),
+        ({"causal": "lower_right"}, False),
+        ({"causal": "lower_right"}, True),
+        ({"window": (9, 20)}, False),
+        ({"window": (30, -1), "softcap": 2.0}, False),
+        ({"window": (-1, 3)}, True),
+        ({"window": (0, 0)}, True),
     ],
     ids=str,
 )
-def test_tiles_inside_and_at_the_edges_of_a_window(options, backend, device, poisoned):
-    run(inputs(THREE_BY_THREE, torch.float32, device), backend, **options)
-    flipped = THREE_BY_THREE._replace(q_len=70, k_len=41)
-    run(inputs(flipped, torch.float32, device), backend, **options)
+def test_tiles_inside_and_at_the_edges_of_a_window(options, flipped, backend, device, poisoned):
+    shape = THREE_BY_THREE
+    if flipped:
+        shape = shape._replace(q_len=shape.k_len, k_len=shape.q_len)
+    run(inputs(shape, torch.float32, device), backend, **options)
 
 
 @pytest.mark.parametrize("size", [(2,), (2, 2)], ids=str)
@@ -118,6 +120,13 @@ def test_gradients_of_outputs_in_any_layout(outputs, backend, device, poisoned):
     }[outputs]
     dout, dlse = (None if g is None else g.to(device) for g in (dout, dlse))
     run(tensors, backend, grad_outputs=[dout, dlse], causal=True)
+
+
+def test_wide_rows_come_a_part_at_a_time(backend, device, poisoned):
+    # fp32 rows of more than 64, the last part not full
+    tensors = inputs(Shape(1, 2, 1, 18, 20, 80, 72), torch.float32, device)
+    tensors["bias"] = torch.randn(1, 1, 1, 20, device=device)
+    run(tensors, backend, causal=True)
 
 
 @pytest.mark.parametrize("variant", [Variant(), Variant(right=0, first=None, softcap=2.0), Variant(left=4)], ids=str)

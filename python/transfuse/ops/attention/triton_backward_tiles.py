@@ -31,7 +31,7 @@ def dkdv_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
     """Tiles stand keys by queries: a thread of a Hopper warp group also holds lse and delta of every other query."""
     width, extras, hopper = _facts(call, q, v)
     if q.dtype == torch.float32:
-        tiles = _dkdv_fp32(width, extras)
+        tiles = _dkdv_fp32(width, extras, hopper)
     elif width <= 64:
         tiles = (Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 32, 4, 2))[extras]
     elif width <= 128:
@@ -44,19 +44,19 @@ def dkdv_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
     return _choice(call, q, v, tiles)
 
 
-def _dkdv_fp32(width: int, extras: int) -> Tiles:
+def _dkdv_fp32(width: int, extras: int, hopper: bool) -> Tiles:
     if width <= 64:
         return Tiles(32, 32, 8, 2) if extras == 0 else Tiles(16, 32, 8, 2)
     if width <= 128:
         return Tiles(32, 32, 8, 1) if extras == 0 else Tiles(16, 32, 8, 1)
-    return Tiles(16, 32, 8, 1) if extras == 0 else Tiles(16, 16, 8, 1)
+    return Tiles(16, 32, 8, 1) if extras == 0 and hopper else Tiles(16, 16, 8, 1)
 
 
 def dq_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
     """As forward's, with one more product and one more tile of keys: 128 queries are two warp groups."""
     width, extras, hopper = _facts(call, q, v)
     if q.dtype == torch.float32:
-        tiles = _dq_fp32(width, extras)
+        tiles = _dq_fp32(width, extras, hopper)
     elif width <= 64:
         tiles = Tiles(128, 64, 8, 2) if extras == 0 or (hopper and extras == 1) else Tiles(128, 32, 8, 2)
     elif width <= 128:
@@ -68,9 +68,9 @@ def dq_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
     return _choice(call, q, v, tiles)
 
 
-def _dq_fp32(width: int, extras: int) -> Tiles:
+def _dq_fp32(width: int, extras: int, hopper: bool) -> Tiles:
     if width <= 64:
-        return Tiles(64, 32, 8, 2) if extras == 0 else Tiles(32, 32, 8, 2)
+        return Tiles(64, 32, 8, 2) if extras == 0 and hopper else Tiles(32, 32, 8, 2)
     return Tiles(32, 32, 8, 1) if extras == 0 else Tiles(16, 32, 8, 1)
 
 
