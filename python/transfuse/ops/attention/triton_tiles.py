@@ -53,7 +53,7 @@ def forward_tiles(
     """
     width = max(block_d(q.shape[3]), block_d(v.shape[3]))
     target = capability(q.device)
-    extras = _extras(variant)
+    extras = _extras(q, v, variant)
     key = (target, q.dtype, block_d(q.shape[3]), block_d(v.shape[3]), *extras)
     tiles = (
         _fp32(width, target >= (9, 0), any(extras))
@@ -64,10 +64,11 @@ def forward_tiles(
     return key, capped(tiles, q_len, k_len)
 
 
-def _extras(variant: Variant) -> tuple[bool, ...]:
+def _extras(q: torch.Tensor, v: torch.Tensor, variant: Variant) -> tuple[bool, ...]:
     """What needs registers besides plain or causal attention."""
     some = (variant.mask, variant.bias, variant.alibi_slopes)
-    return (*(t is not None for t in some), variant.left >= 0, variant.softcap > 0, variant.dropout_p > 0)
+    padded = q.shape[3] != block_d(q.shape[3]) or v.shape[3] != block_d(v.shape[3])
+    return (*(t is not None for t in some), variant.left >= 0, variant.softcap > 0, variant.dropout_p > 0, padded)
 
 
 def _half(width: int, hopper: bool, extras: bool) -> Tiles:
@@ -98,7 +99,7 @@ def _fp32(width: int, hopper: bool, extras: bool) -> Tiles:
 def step(q: torch.Tensor, v: torch.Tensor, variant: Variant) -> int:
     """Columns of q and k in one product: all, unless the parts of a wide fp32 q would fill the registers."""
     width = max(block_d(q.shape[3]), block_d(v.shape[3]))
-    extras = any(_extras(variant))
+    extras = any(_extras(q, v, variant))
     whole = q.dtype != torch.float32 or width <= 64 or (width <= 128 and not extras)
     return block_d(q.shape[3]) if whole else min(32 if extras else 64, block_d(q.shape[3]))
 
