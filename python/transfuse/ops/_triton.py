@@ -24,7 +24,13 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 _MOST_PROGRAMS = 2**31 - 1
-_state = threading.local()
+
+
+class _State(threading.local):
+    collected: list[Any] | None = None  # what this thread compiles instead of running it
+
+
+_state = _State()
 
 
 def launch(
@@ -55,7 +61,7 @@ def launch(
     if INTERPRETED:
         kernel[grid](*args, **constants)
         return
-    collected = getattr(_state, "collected", None)
+    collected = _state.collected
     if collected is not None:
         described = [_described(arg) for arg in args]
         collected.append(kernel.warmup(*described, grid=grid, num_warps=num_warps, num_stages=num_stages, **constants))
@@ -70,11 +76,12 @@ def compiling(target: Target = Target((9, 0))) -> Iterator[list[Any]]:  # noqa: 
 
     Triton's active driver says what they are compiled for; ``target`` must be the same.
     """
-    before = getattr(_state, "collected", None)
-    _state.collected = []
+    before = _state.collected
+    collected: list[Any] = []
+    _state.collected = collected
     try:
         with compiled_for(target):
-            yield _state.collected
+            yield collected
     finally:
         _state.collected = before
 

@@ -31,7 +31,13 @@ Tiles = TypeVar("Tiles", bound=tuple[int, ...])
 _FORMAT = 1
 _WORTH = 0.98  # a candidate must be this much faster: medians of equally fast kernels differ by about as much
 _log = logging.getLogger("transfuse")
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    session: _Session | None = None  # of the class: a thread that has none finds it at once
+
+
+_thread = _Thread()
 
 
 class _Table:
@@ -40,9 +46,6 @@ class _Table:
     def __init__(self, entries: dict[str, dict[str, dict[str, int]]]) -> None:
         self.entries = entries
         self._found: dict[tuple[str, tuple[object, ...]], Any] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.entries)
 
     def look_up(self, op: str, key: tuple[object, ...], tiles: Tiles, candidates: Sequence[Tiles]) -> Tiles:
         known = self._found.get((op, key))
@@ -76,14 +79,14 @@ def tuned(
         run: launches; it may be called any number of times.
         device: where the tensors are.
     """
-    session = getattr(_thread, "session", None)
+    session = _thread.session
     if session is not None:
         session.run(op, key, tiles, candidates, run, device)
         return
     table = _tables.get(device)
     if table is None:
         table = _table(device)
-    run(table.look_up(op, key, tiles, candidates) if table else tiles)
+    run(table.look_up(op, key, tiles, candidates) if table.entries else tiles)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def autotune(function: Callable[..., Any], *args: Any, backward: bool = False, *
     []
     """
     session = _Session()
-    before = getattr(_thread, "session", None)
+    before = _thread.session
     _thread.session = session
     try:
         # Otherwise gradients on a GPU are computed in a thread of their own, which knows nothing of the session.
