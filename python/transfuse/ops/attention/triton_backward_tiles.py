@@ -89,7 +89,8 @@ def dbias_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
 
 def _facts(call: Call, q: torch.Tensor, v: torch.Tensor) -> tuple[int, int, bool]:
     """(the wider head dimension, what costs registers: 0 nothing, 1 one thing, 2 more, whether the GPU has wgmma)."""
-    costly = (call.inputs.mask.pointer, call.inputs.bias.pointer, call.rule.softcap, call.seed)
+    views = (call.inputs.mask, call.inputs.bias, call.inputs.slopes)
+    costly = (*(t.pointer for t in views), call.rule.softcap, call.seed)
     width = max(block_d(q.shape[3]), block_d(v.shape[3]))
     return width, min(2, sum(x is not None for x in costly)), capability(q.device) == (9, 0)
 
