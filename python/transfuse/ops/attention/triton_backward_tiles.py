@@ -33,7 +33,9 @@ def dkdv_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
     if q.dtype == torch.float32:
         tiles = _dkdv_fp32(width, extras, hopper)
     elif width <= 64:
-        tiles = (Tiles(64, 128, 8, 2), Tiles(32, 128, 8, 2), Tiles(32, 32, 4, 2))[extras]
+        # Eight warps stand below one another here, 16 keys each: fewer than 128 would be computed twice.
+        light = Tiles(64 if hopper else 32, 128, 8, 2)
+        tiles = (light, Tiles(32, 128, 8, 2), Tiles(32, 32, 4, 2))[extras]
     elif width <= 128:
         # On Hopper 128 keys are a warp group's 64 rows twice; before it 64 leave room for k and v in registers.
         light = Tiles(32, 128, 8, 2) if hopper else Tiles(64, 64, 8, 2)
