@@ -55,11 +55,10 @@ def forward_tiles(
     target = capability(q.device)
     extras = _extras(q, v, variant)
     key = (target, q.dtype, block_d(q.shape[3]), block_d(v.shape[3]), *extras)
-    tiles = (
-        _fp32(width, target >= (9, 0), any(extras))
-        if q.dtype == torch.float32
-        else _half(width, target >= (9, 0), any(extras))
-    )
+    choose = _fp32 if q.dtype == torch.float32 else _half
+    tiles = choose(width, target >= (9, 0), any(extras))
+    if sum(extras) > 2:  # each holds its part of a tile
+        tiles = tiles._replace(BLOCK_N=min(tiles.BLOCK_N, 32))
     tiles = _fitting(tiles, q, v, variant, target)
     return key, capped(tiles, q_len, k_len)
 
