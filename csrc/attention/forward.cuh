@@ -220,7 +220,7 @@ class Forward {
   __device__ __forceinline__ void step(int stage, int j_low, bool edge) {
     float s[kKeyTiles][4] = {};
     // S = Q K^T [16, BLOCK_N]
-#pragma unroll
+#pragma unroll kDotSteps <= 16 ? kDotSteps : 8
     for (int d = 0; d < kDotSteps; ++d) {
       uint32_t a[4];
       load_a<T, D>(a, q_smem_, warp_row(), d);
