@@ -26,8 +26,8 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // One copy will do: blocks run one after another. The engine finds these variables by their symbols. Dynamic shared
-// memory comes from device/shared_memory.h: `extern __shared__` cannot compile here. C++ allows no alignas after static,
-// and CUDA allows it after __shared__: GCC's own word may stand in both places.
+// memory comes from device/shared_memory.h: `extern __shared__` cannot compile here. CUDA allows alignas after
+// __shared__, C++ does not after static: GCC's own word may stand there.
 #define __shared__ static
 #ifdef CUDA_ON_CPU_KERNELS
 #define alignas(...) __attribute__((aligned(__VA_ARGS__)))
