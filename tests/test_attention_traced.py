@@ -135,6 +135,17 @@ def test_opcheck(name):
     torch.library.opcheck(op.default, tuple(strided))
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("name", ["attention", "attention_weights", "attention_varlen", "attention_decode"])
+def test_opcheck_of_kernels(name, backend, device):
+    op, arguments = registered()[name]
+    given = [a.detach().to(device) if isinstance(a, torch.Tensor) else a for a in arguments[:-1]]
+    given = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in given]
+    torch.library.opcheck(op.default, (*given, backend), test_utils=("test_schema", "test_faketensor"))
+    leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in given]
+    torch.library.opcheck(op.default, (*leaves, backend), test_utils="test_aot_dispatch_dynamic")
+
+
 @pytest.mark.parametrize("name", [n for n in registered() if n != "attention_weights"])
 def test_opcheck_of_backward(name):
     op, arguments = registered()[name]
