@@ -81,11 +81,42 @@ print(_extension.info())"
 }
 
 tests() {
-    # The options of pyproject.toml need plugins that may be missing here; the markers stay known.
-    PYTHONPATH=$site "$python" -m pytest -o addopts=-ra -p no:cacheprovider -q --durations=5 \
-        tests/test_cuda_binding.py tests/test_extension.py tests/test_backends.py tests/test_norm.py \
-        tests/test_causal_softmax.py tests/test_ffn.py tests/test_rotary.py tests/test_attention.py \
-        tests/test_attention_varlen.py tests/test_attention_decode.py -k "cuda or triton"
+    # Side by side: what takes long is Triton compiling on the CPU. The options of pyproject.toml need plugins that may be
+    # missing here; the markers stay known.
+    local common="-o addopts=-ra -p no:cacheprovider -q --durations=5" file shard pids=() names=() status=0 i
+    local both="cuda or triton"
+    while IFS=: read -r file shards; do
+        while IFS= read -rd ';' shard; do
+            local name=tests-$(basename "$file" .py)-${#names[@]}
+            PYTHONPATH=$site "$python" -m pytest $common -m "not slow" -k "$shard" "$file" >"$out/$name.log" 2>&1 &
+            pids+=($!) names+=("$name $shard")
+        done <<<"$shards;"
+    done <<LIST
+tests/test_cuda_binding.py:not nothing
+tests/test_extension.py:not nothing
+tests/test_backends.py:not nothing
+tests/test_cuda_on_cpu.py:not nothing
+tests/test_triton_launch.py:not nothing
+tests/test_norm.py:cuda;triton
+tests/test_causal_softmax.py:cuda;triton
+tests/test_causal_softmax_kernels.py:$both
+tests/test_ffn.py:$both
+tests/test_rotary.py:$both
+tests/test_attention.py:cuda;triton and float32;triton and bfloat16;triton and float16 and not bfloat16;triton and not float
+tests/test_attention_varlen.py:cuda;triton and float32;triton and not float32
+tests/test_attention_decode.py:triton and float32;triton and not float32
+tests/test_attention_splits.py:not nothing
+tests/test_attention_triton_gradients.py:not nothing
+LIST
+    for i in "${!pids[@]}"; do
+        wait "${pids[$i]}"
+        case $? in
+            0 | 5) ;;  # 5: the shard selected nothing
+            *) status=1 ;;
+        esac
+        echo "${names[$i]}: $(tail -n 1 "$out/${names[$i]%% *}.log")"
+    done
+    return $status
 }
 
 sanitizer() {
@@ -107,7 +138,7 @@ speed() {
 export out python site
 part facts 20 facts
 part build 170 build
-part tests 240 tests
+part tests 400 tests
 part sanitizer 90 sanitizer
 part speed 400 speed
 echo "--- $summary"

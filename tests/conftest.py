@@ -38,13 +38,14 @@ def device_of(backend: str) -> torch.device:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What is slow on interpreted kernels is marked so; opcheck's tests skip where its expecttest is missing."""
-    if not torch.cuda.is_available():
-        for item in items:
-            params = getattr(getattr(item, "callspec", None), "params", {})
-            quick = getattr(getattr(item, "function", None), "quick_interpreted", None)
-            if quick is not None and params.get("backend") in ("triton", "cuda") and not quick(params):
-                item.add_marker(pytest.mark.slow)
+    """What is slow on kernels is marked so; opcheck's tests skip where its expecttest is missing."""
+    # Triton's are interpreted or compiled for each case, CUDA's run thread by thread where there is no GPU.
+    slow = ("triton",) if torch.cuda.is_available() else ("triton", "cuda")
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        quick = getattr(getattr(item, "function", None), "quick_interpreted", None)
+        if quick is not None and params.get("backend") in slow and not quick(params):
+            item.add_marker(pytest.mark.slow)
     if importlib.util.find_spec("expecttest") is None:
         for item in items:
             if "opcheck" in item.name:
