@@ -50,7 +50,7 @@ def _dkdv_fp32(width: int, extras: int, hopper: bool) -> Tiles:
     if width <= 64:
         return Tiles(32, 32, 8, 2) if extras == 0 else Tiles(16, 32, 8, 2)
     if width <= 128:
-        return Tiles(32, 32, 8, 1) if extras == 0 else Tiles(16, 32, 8, 1)
+        return Tiles(32, 32, 8, 1) if extras == 0 and hopper else Tiles(16, 32, 8, 1)
     return Tiles(16, 32, 8, 1) if extras == 0 and hopper else Tiles(16, 16, 8, 1)
 
 
@@ -64,7 +64,7 @@ def dq_tiles(call: Call, q: torch.Tensor, v: torch.Tensor) -> Choice:
     elif width <= 128:
         tiles = Tiles(128, 64, 8, 2) if hopper and extras == 0 else Tiles(128, 32, 8, 2)
     elif hopper:
-        tiles = Tiles(128, 32, 8, 2) if extras == 0 else Tiles(32, 32, 8, 2)
+        tiles = Tiles(128, 16, 8, 2) if extras == 0 else Tiles(32, 32, 8, 2)
     else:
         tiles = Tiles(64, 32, 8, 2)
     return _choice(call, q, v, tiles)

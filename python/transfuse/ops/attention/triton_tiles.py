@@ -89,7 +89,7 @@ def _half(width: int, hopper: bool, extras: bool) -> Tiles:
 def _fp32(width: int, hopper: bool, extras: bool) -> Tiles:
     # Three tf32 products take the operands' high and low parts: twice the registers of the numbers themselves.
     if width <= 64:
-        return Tiles(64, 32, 4, 2) if hopper else Tiles(32, 32, 8, 2) if extras else Tiles(64, 32, 8, 2)
+        return Tiles(64, 32, 4, 2) if hopper else Tiles(32, 32, 8, 2)
     if extras:
         return Tiles(16, 16, 4, 2)
     return Tiles(32, 32, 8, 2) if width <= 128 else Tiles(32, 16, 8, 2)
