@@ -100,7 +100,7 @@ def step(q: torch.Tensor, v: torch.Tensor, variant: Variant) -> int:
     width = max(block_d(q.shape[3]), block_d(v.shape[3]))
     extras = any(_extras(q, v, variant))
     whole = q.dtype != torch.float32 or width <= 64 or (width <= 128 and not extras)
-    return block_d(q.shape[3]) if whole else min(32 if extras else 64, block_d(q.shape[3]))
+    return block_d(q.shape[3]) if whole else min(32, block_d(q.shape[3]))
 
 
 def _fitting(tiles: Tiles, q: torch.Tensor, v: torch.Tensor, variant: Variant, target: tuple[int, int]) -> Tiles:
