@@ -97,6 +97,7 @@ tests/test_extension.py:not nothing
 tests/test_backends.py:not nothing
 tests/test_cuda_on_cpu.py:not nothing
 tests/test_triton_launch.py:not nothing
+tests/test_triton_gpu.py:not nothing
 tests/test_norm.py:cuda;triton
 tests/test_causal_softmax.py:cuda;triton
 tests/test_causal_softmax_kernels.py:$both
