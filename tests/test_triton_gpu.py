@@ -1,4 +1,4 @@
-"""Triton's launches on a real GPU: captured in graphs, on side streams, on devices that are not current; their memory."""
+"""Triton on a real GPU: launches captured in graphs, on side streams, on devices that are not current; their memory."""
 
 from __future__ import annotations
 
