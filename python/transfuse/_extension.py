@@ -136,7 +136,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 def _import(path: Path, remedy: str) -> tuple[ModuleType | None, str | None]:
     try:
-        spec = importlib.util.spec_from_file_location("transfuse._C", path)
+        # pybind11 makes one module for a name and gives it again for another file: a stand-in has a name of its own.
+        package = "transfuse" if path.parent == _FOLDER else f"transfuse_{path.parent.name}"
+        spec = importlib.util.spec_from_file_location(f"{package}._C", path)
         if spec is None or spec.loader is None:
             raise ImportError(f"{path} does not have the suffix of an extension module")
         module = importlib.util.module_from_spec(spec)
