@@ -83,7 +83,8 @@ def measure(case: Case, tiny: bool, limits: dict[str, float]) -> list[dict[str, 
             record["max_error"] = error_of(case, function(*inputs), truth)
             record["wrong"] = record["max_error"] > budget
             if not record["wrong"] or name not in ("cuda", "triton"):
-                record |= times(case, function, tiny, limits)
+                for direction, found in times(case, function, tiny, limits):
+                    record[direction] = found
         except BackendError as error:
             record["skipped"] = str(error)
         except Exception as error:  # a peer that refuses a case, or a kernel that fails: in the record, and on with it
@@ -92,18 +93,19 @@ def measure(case: Case, tiny: bool, limits: dict[str, float]) -> list[dict[str, 
     return [{"op": case.op, "case": case.name, **record} for record in records]
 
 
-def times(case: Case, function: gpu_cases.Function, tiny: bool, limits: dict[str, float]) -> dict[str, Any]:
-    """Forward alone, and backward alone where the case has gradients."""
+def times(
+    case: Case, function: gpu_cases.Function, tiny: bool, limits: dict[str, float]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Forward alone, then backward alone where the case has gradients: what refuses the second keeps the first."""
     inputs = list(case.inputs.values())
-    found = {"forward": timing(case, milliseconds(lambda: function(*inputs), tiny), 1.0, 1.0, limits)}
+    yield "forward", timing(case, milliseconds(lambda: function(*inputs), tiny), 1.0, 1.0, limits)
     if case.grads:
         leaves = [t.detach().requires_grad_(n in case.grads) for n, t in case.inputs.items()]
         out = function(*leaves)
         dout = torch.randn_like(out)
         wanted = [t for t in leaves if t.requires_grad]
         ms = milliseconds(lambda: torch.autograd.grad(out, wanted, dout, retain_graph=True), tiny)
-        found["backward"] = timing(case, ms, 2.5 if "attention" in case.op else 2.0, 1.5, limits)
-    return found
+        yield "backward", timing(case, ms, 2.5 if "attention" in case.op else 2.0, 1.5, limits)
 
 
 def timing(case: Case, ms: list[float], flops: float, size: float, limits: dict[str, float]) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def _output(command: list[str]) -> str | None:
 def line(record: dict[str, Any]) -> str:
     """One line of the table."""
     start = f"{record['op']:16} {record['case']:34} {record['variant']:14}"
-    if "skipped" in record or "failed" in record:
+    if "max_error" not in record:
         return f"{start} {'skipped: ' + record['skipped'] if 'skipped' in record else 'FAILED: ' + record['failed']}"
     parts = []
     for direction in ("forward", "backward"):
@@ -196,7 +198,9 @@ def line(record: dict[str, Any]) -> str:
         if found is not None:
             rate = f"{found['tflops']:6.0f} TF" if "tflops" in found else f"{found['gb_per_s']:6.0f} GB/s"
             parts.append(f"{direction} {found['ms_p50_p20_p80'][0] * 1e3:9.1f} us {rate} {found['share']:4.0%}")
-    return f"{start} {'  '.join(parts)}  error {record['max_error']:.1e}{' WRONG' if record.get('wrong') else ''}"
+    wrong = " WRONG" if record.get("wrong") else ""
+    failed = f"  then FAILED: {record['failed']}" if "failed" in record else ""
+    return f"{start} {'  '.join(parts)}  error {record['max_error']:.1e}{wrong}{failed}"
 
 
 def main() -> int:
