@@ -83,8 +83,7 @@ def measure(case: Case, tiny: bool, limits: dict[str, float]) -> list[dict[str, 
             record["max_error"] = error_of(case, function(*inputs), truth)
             record["wrong"] = record["max_error"] > budget
             if not record["wrong"] or name not in ("cuda", "triton"):
-                for direction, found in times(case, function, tiny, limits):
-                    record[direction] = found
+                record.update(times(case, function, tiny, limits))  # pair by pair
         except BackendError as error:
             record["skipped"] = str(error)
         except Exception as error:  # a peer that refuses a case, or a kernel that fails: in the record, and on with it
