@@ -9,6 +9,7 @@ import torch
 from transfuse.errors import ArgumentError, DeviceError, DtypeError
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OF_KERNELS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def floating(op: str, name: str, x: torch.Tensor) -> None:
@@ -19,6 +20,15 @@ def floating(op: str, name: str, x: torch.Tensor) -> None:
         raise DtypeError(f"{op}: {name} must be a dense tensor, got layout {x.layout} (use {name}.to_dense())")
     if x.dtype not in FLOATING:
         raise DtypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {_short(x.dtype)}")
+
+
+def beyond_kernels(backend: str, *tensors: torch.Tensor | None) -> str | None:
+    """Why a backend's kernels, which know fp32, fp16 and bf16 alone, cannot take one of these tensors, or None."""
+    for t in tensors:
+        if t is not None and t.dtype not in _OF_KERNELS:
+            name = "Triton" if backend == "triton" else "CUDA"
+            return f"the {name} kernel takes float32, float16 or bfloat16, got {_short(t.dtype)} (use backend='torch')"
+    return None
 
 
 def same_device(op: str, name: str, x: torch.Tensor, like: torch.Tensor, like_name: str) -> None:

@@ -8,23 +8,8 @@ import torch.nn.functional as F
 from transfuse import _extension
 from transfuse.ops.attention.variant import Variant
 
-_LARGEST_HEAD_DIM = 256
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _FARTHEST = 2**30
 """A window or position beyond this is no different from one at it; the kernel adds two of them in 32 bits."""
-
-
-def why_not(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant) -> str | None:
-    """Why the kernels cannot take a call, with the remedy, or None."""
-    if op not in ("attention", "attention_varlen"):
-        return f"there is no CUDA kernel for {op} (use backend='triton' or 'torch')"
-    if q.dtype not in _DTYPES:
-        name = str(q.dtype).removeprefix("torch.")
-        return f"{op}'s CUDA kernel takes float32, float16 and bfloat16, got {name} (use backend='torch')"
-    widest = max(q.shape[-1], v.shape[-1])
-    if widest > _LARGEST_HEAD_DIM:
-        return f"{op}'s CUDA kernel takes a head_dim up to {_LARGEST_HEAD_DIM}, got {widest} (use backend='torch')"
-    return None
 
 
 def attention_forward(

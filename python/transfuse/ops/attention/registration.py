@@ -1,7 +1,7 @@
 """transfuse::attention and transfuse::attention_weights, their gradients and the gradients of those.
 
 A kernel backend drops in as ``triton_impl`` or ``cuda_impl`` with torch_impl's ``attention_forward``,
-``attention_backward`` and ``attention_weights_forward``, and ``why_not(op, q, k, v, variant)``.
+``attention_backward`` and ``attention_weights_forward``; what it leaves out runs on PyTorch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from transfuse.ops import _registry
+from transfuse.ops import _registry, _validate
 from transfuse.ops.attention import torch_chunks, torch_explicit, torch_impl
 from transfuse.ops.attention.variant import Variant, statistics_dtype
 
@@ -23,6 +23,7 @@ FIELDS = (
 """A Variant, flattened."""
 N = len(Variant._fields)
 
+_LARGEST_HEAD_DIM = 256  # of the kernels
 
 ORDER = ("triton", "cuda", "torch")
 """The CUDA kernel, which has no backward yet, waits to be timed beside Triton's: until then it runs when asked for."""
@@ -51,7 +52,12 @@ def why_not(backend: str, op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     """Why a backend cannot take this call, with the remedy, or None."""
     if backend in ("torch", "reference"):
         return None
-    reason: str | None = implementation(backend).why_not(op, q, k, v, variant)
+    reason = _validate.beyond_kernels(backend, q)
+    widest = max(q.shape[-1], v.shape[-1])
+    if reason is None and widest > _LARGEST_HEAD_DIM:
+        reason = f"the kernels take a head_dim up to {_LARGEST_HEAD_DIM}, got {widest} (use backend='torch')"
+    if reason is None and backend == "cuda" and op not in ("attention", "attention_varlen"):
+        reason = f"there is no CUDA kernel for {op} (use backend='triton' or 'torch')"
     return reason
 
 

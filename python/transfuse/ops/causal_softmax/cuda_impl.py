@@ -8,22 +8,20 @@ from collections.abc import Sequence
 import torch
 
 from transfuse import _extension
+from transfuse.ops import _validate
 from transfuse.ops.causal_softmax import rows
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_ROW_DIMS = 7  # after joining
 _IN_REGISTERS = 4096  # keys of a row whose sums the kernel keeps in registers, whatever its alignment
 
 
 def why_not(scores: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
     """Why the kernels cannot take these (validated) arguments, or None."""
-    if scores.dtype not in _DTYPES:
-        return f"the CUDA kernel takes float32, float16 or bfloat16, not {scores.dtype} (use backend='torch')"
     # Joining takes strides that the backward's gradient does not have yet, so the dimensions are counted unjoined.
     found = sum(size != 1 for size in scores.shape[:-1])
     if found > _MOST_ROW_DIMS:
         return f"the CUDA kernel takes up to {_MOST_ROW_DIMS} dimensions before the keys, got {found} (flatten some)"
-    return None
+    return _validate.beyond_kernels("cuda", scores)
 
 
 def causal_softmax_forward(

@@ -28,11 +28,11 @@ import torch
 import triton
 import triton.language as tl
 
+from transfuse.ops import _validate
 from transfuse.ops._triton import launch
 from transfuse.ops._tuning import tuned
 from transfuse.ops.causal_softmax import rows
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2E = tl.constexpr(math.log2(math.e))
 _NEG_INF = tl.constexpr(float("-inf"))
 # Lengths of any value share one compilation; keys must divide evenly by ALIGN, which is a constant of its own.
@@ -306,9 +306,7 @@ def _backward_long(  # type: ignore[no-untyped-def]
 
 def why_not(scores: torch.Tensor, mask: torch.Tensor | None, bias: torch.Tensor | None) -> str | None:
     """Why the kernels cannot take these (validated) arguments, or None."""
-    if scores.dtype not in _DTYPES:
-        return f"the Triton kernel takes float32, float16 or bfloat16, not {scores.dtype} (use backend='torch')"
-    return None
+    return _validate.beyond_kernels("triton", scores)
 
 
 def tiles(columns: int, count: int) -> Tiles:

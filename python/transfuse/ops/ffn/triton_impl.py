@@ -17,18 +17,14 @@ from collections.abc import Sequence
 import torch
 
 from transfuse.backends import ahead
+from transfuse.ops import _validate
 from transfuse.ops._triton import precision
 from transfuse.ops.ffn.triton_gemm import Ends, combine, product
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(op: str, *tensors: torch.Tensor | None) -> str | None:
     """Why the kernels cannot take these (validated) arguments, or None."""
-    for t in tensors:
-        if t is not None and t.dtype not in _DTYPES:
-            return f"the Triton kernel takes float32, float16 or bfloat16, not {t.dtype} (use backend='torch')"
-    return None
+    return _validate.beyond_kernels("triton", *tensors)
 
 
 def use_cublas(M: int, N: int, K: int, dtype: torch.dtype, device: torch.device) -> bool:

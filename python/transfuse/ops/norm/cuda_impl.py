@@ -7,16 +7,13 @@ import functools
 import torch
 
 from transfuse import _extension
+from transfuse.ops import _validate
 from transfuse.ops.norm.rows import packed, row_strided
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(x: torch.Tensor, weight: torch.Tensor | None) -> str | None:
     """Why the kernels cannot take these (validated) arguments, or None."""
-    if x.dtype not in _DTYPES:
-        return f"the CUDA kernel takes float32, float16 or bfloat16, not {x.dtype} (use backend='torch')"
-    return None
+    return _validate.beyond_kernels("cuda", x)
 
 
 def layer_norm_forward(

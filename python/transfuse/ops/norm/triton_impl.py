@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from transfuse.ops import _validate
 from transfuse.ops._triton import INTERPRETED, launch, multiprocessors
 from transfuse.ops._tuning import tuned
 from transfuse.ops.norm import triton_kernels
 from transfuse.ops.norm.rows import packed, row_strided
 from transfuse.ops.norm.triton_kernels import Rows
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 2**30  # columns are counted in 32 bits
 
 
@@ -29,11 +29,9 @@ class Tiles(NamedTuple):
 
 def why_not(x: torch.Tensor, weight: torch.Tensor | None) -> str | None:
     """Why the kernels cannot take these (validated) arguments, or None."""
-    if x.dtype not in _DTYPES:
-        return f"the Triton kernel takes float32, float16 or bfloat16, not {x.dtype} (use backend='torch')"
     if x.shape[-1] > _WIDEST:
         return f"the Triton kernel takes rows of up to {_WIDEST} columns, not {x.shape[-1]} (use backend='torch')"
-    return None
+    return _validate.beyond_kernels("triton", x)
 
 
 def layer_norm_forward(

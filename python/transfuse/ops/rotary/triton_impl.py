@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from transfuse.ops import _validate
 from transfuse.ops._triton import INTERPRETED, launch, rounded
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 1024
 _PAIRS = 1024  # of one program: eight a thread of four warps, which is 16 bytes of half precision
 
@@ -260,9 +260,6 @@ def cache_append(
 def why_not(op: str, *tensors: torch.Tensor) -> str | None:
     """Why the kernels cannot take these (validated) tensors, with the remedy, or None."""
     for t in tensors:
-        if t.dtype not in _DTYPES:
-            name = str(t.dtype).removeprefix("torch.")
-            return f"{op}'s Triton kernel takes float32, float16 and bfloat16, got {name} (use backend='torch')"
         if t.shape[3] > _WIDEST:
             return f"{op}'s Triton kernel takes a head_dim up to {_WIDEST}, got {t.shape[3]} (use backend='torch')"
-    return None
+    return _validate.beyond_kernels("triton", *tensors)
