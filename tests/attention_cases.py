@@ -141,7 +141,7 @@ def brute_force(
     """(out, lse) one query, one key at a time, in Python's own floats."""
     batch, heads, q_len, dim = q.shape
     k_len, group = k.shape[2], heads // k.shape[1]
-    out, lse = torch.zeros(batch, heads, q_len, v.shape[3]), torch.zeros(batch, heads, q_len)
+    out, lse = q.new_zeros(batch, heads, q_len, v.shape[3]), q.new_zeros(batch, heads, q_len)
     mask = None if mask is None else mask.expand(batch, heads, q_len, k_len)
     bias = None if bias is None else bias.expand(batch, heads, q_len, k_len)
     left, right = window or (-1, -1)
@@ -198,7 +198,7 @@ def sizes_of_intermediates(
     dp = (dout @ v.mT).abs()
     delta = (p * dp).sum(-1) + (0 if dlse is None else dlse.abs())
     ds = p * (dp + delta[..., None])
-    scale = options.get("scale") or q.shape[3] ** -0.5
+    scale = q.shape[3] ** -0.5 if options.get("scale") is None else abs(options["scale"])  # type: ignore[arg-type]
     found["dq"] = scale * (ds @ k.abs()).max().item()
     found["dk"] = scale * group * (ds.mT @ q.abs()).max().item()
     found["dv"] = group * (p.mT @ dout.abs()).max().item()

@@ -104,14 +104,14 @@ def test_what_triton_leaves_to_others():
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_reference_is_what_a_loop_computes(feature):
     shape = Shape(2, 2, 1, 5, 7, 4, 3)
-    tensors, options = features(feature, shape, torch.float32)
-    tensors = {**inputs(shape, torch.float32), **tensors}
+    tensors, options = features(feature, shape, torch.float64)
+    tensors = {**inputs(shape, torch.float64), **tensors}
     expected = brute_force(**tensors, **options)
     for name in ("reference", "torch"):
         got = attention(**tensors, **options, return_lse=True, backend=name)
         for g, e in zip(got, expected, strict=True):
             assert torch.equal(g.isinf(), e.isinf())
-            torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(g, e, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
@@ -243,8 +243,10 @@ def test_the_lowest_number_as_bias_is_not_a_mask(dtype, scores, backend, device)
     skip_unless(registration.why_not(backend, "attention", *tensors.values(), Variant()))
     lowest = torch.full((1, 1, 1, 16), torch.finfo(dtype).min, dtype=dtype, device=device)
     out = attention(**tensors, bias=lowest, backend=backend)
-    mean = tensors["v"].double().mean(2, keepdim=True).expand(out.shape)
-    torch.testing.assert_close(out.double(), mean, rtol=0, atol=4 * torch.finfo(dtype).eps * 4)
+    v = tensors["v"].double()
+    # Rounded once to dtype; in fp32 the sum of the 16 keys before.
+    limit = (torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps) * v.abs().mean(2, keepdim=True)
+    assert ((out.double() - v.mean(2, keepdim=True)).abs() <= limit).all()
 
 
 def test_what_hidden_keys_hold_changes_nothing(scores, backend, device):
@@ -530,10 +532,5 @@ def test_autocast_computes_in_its_dtype():
 @pytest.mark.parametrize("causal", [False, True, "lower_right"])
 @pytest.mark.parametrize("length", [4, 300])
 def test_a_scale_that_is_not_positive_hides_no_less(scale, causal, length):
-    q, k, v = (torch.randn(1, 2, length, 8, requires_grad=True) for _ in range(3))
-    results = []
-    for name in ("torch", "reference"):
-        out = attention(q, k, v, causal=causal, scale=scale, backend=name)
-        results.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
-    for got, expected in zip(*results, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    tensors = inputs(Shape(1, 2, 2, length, length, 8, 8), torch.float32)
+    run(tensors, "torch", causal=causal, scale=scale)

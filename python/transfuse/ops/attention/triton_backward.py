@@ -31,7 +31,6 @@ from transfuse.ops._tuning import tuned
 from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.triton_backward_tiles import delta_rows, dkdv_tiles, dq_tiles
 from transfuse.ops.attention.triton_bias_grad import bias_gradient
-from transfuse.ops.attention.triton_forward import rows_of
 from transfuse.ops.attention.triton_gradients import (
     NUMBERS,
     Call,
@@ -57,6 +56,7 @@ from transfuse.ops.attention.triton_scores import (
     per_head,
     q_span,
     query_range,
+    rows_of,
     scores,
     strided,
     tile,

@@ -24,7 +24,6 @@ import triton.language as tl
 from transfuse.ops._triton import dot, kept, launch, rounded
 from transfuse.ops._tuning import tuned
 from transfuse.ops.attention.triton_backward_tiles import dbias_tiles
-from transfuse.ops.attention.triton_forward import rows_of
 from transfuse.ops.attention.triton_gradients import NUMBERS, Call, base2, constants, products, statistics_of, zeros
 from transfuse.ops.attention.triton_scores import (
     Lengths,
@@ -34,6 +33,7 @@ from transfuse.ops.attention.triton_scores import (
     of_head,
     q_span,
     query_range,
+    rows_of,
     scores,
     strided,
     tile,

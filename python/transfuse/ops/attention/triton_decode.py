@@ -31,11 +31,14 @@ from transfuse.ops.attention.triton_scores import (
     LOG2E,
     Lengths,
     Strided,
+    dropout,
     first_position,
     k_span,
     key_range,
     of_head,
     per_head,
+    raised,
+    rows_of,
     rule,
     scores,
     strided,
@@ -57,16 +60,6 @@ class Partial(NamedTuple):
     out: torch.Tensor | None  # (splits, rows, v_head_dim) fp32
     highest: torch.Tensor | None  # (splits, rows) fp32
     total: torch.Tensor | None  # (splits, rows) fp32
-
-
-@triton.jit
-def _keys(t, b, h, j, stop, SIZE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """t[b, h, j, :]: [BLOCK_N, BLOCK], 0 from ``stop`` and SIZE on: what stands there may be NaN."""
-    column = tl.arange(0, BLOCK)
-    inside = (j < stop)[:, None]
-    if SIZE < BLOCK:
-        inside = inside & (column < SIZE)[None, :]
-    return tl.load(tile(t, b, h, j[:, None], column[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -143,7 +136,6 @@ def _attend(  # type: ignore[no-untyped-def]
         slope = of_head(slopes, b, h)
 
     length = k_span(lengths, b, k_len)[1]
-    length = tl.minimum(tl.maximum(length, 0), k_len)  # lengths on a GPU are trusted by nobody else
     first = first_position(rule, q_len, length)
     start, stop = _run_of_keys(rule, q_len, length, first, split, splits, BLOCK_N)
 
@@ -152,29 +144,23 @@ def _attend(  # type: ignore[no-untyped-def]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for j0 in range(start, stop, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        k_tile = _keys(k, b, kv_head, j, stop, HEAD_DIM, BLOCK_D)
+        k_tile = rows_of(k, b, kv_head, j[:, None], stop, HEAD_DIM, BLOCK_D, False)  # what stands beyond may be NaN
         dots = dot(q_tile, tl.trans(k_tile), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         # Every tile is taken as an edge: hiding keys costs little beside loading them, and the body stands once.
         s = scores(dots, i, j[None, :], b, h, first, q_len, stop, mask, bias, slope, rule, True)[0]
-        m_new = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        m, base, shrink = raised(m, tl.max(s, 1))
         p = tl.exp2(s - base[:, None])  # [BLOCK_M, BLOCK_N]
-        shrink = tl.exp2(m - base)
         l = l * shrink + tl.sum(p, 1)  # noqa: E741
         if seed is not None:
             p = tl.where(kept(seed, row, j0, threshold, BLOCK_N), p, 0.0)
-        v_tile = _keys(v, b, kv_head, j, stop, V_DIM, BLOCK_DV)
+        v_tile = rows_of(v, b, kv_head, j[:, None], stop, V_DIM, BLOCK_DV, False)
         acc = dot(rounded(p, v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
-        m = m_new
 
     if sinks.pointer is not None:
         sink = tl.reshape(of_head(sinks, b, h), [BLOCK_M]) * LOG2E
-        m_new = tl.maximum(m, sink)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        shrink = tl.exp2(m - base)
+        m, base, shrink = raised(m, sink)
         l = l * shrink + tl.exp2(sink - base)  # noqa: E741
         acc = acc * shrink[:, None]
-        m = m_new
 
     some = tl.where(l == 0.0, 1.0, l)
     acc = acc * (kept_scale / some)[:, None]
@@ -252,6 +238,7 @@ def decode_forward(
         return out, lse
     group_rows = heads // kv_heads * q_len
     slots = _PROGRAMS_PER_SM * multiprocessors(q.device)
+    seed, threshold, kept_scale = dropout(variant, seed)
 
     def run(tiles: Tiles) -> None:
         row_tiles = triton.cdiv(group_rows, tiles.BLOCK_M)
@@ -275,7 +262,7 @@ def decode_forward(
             per_head(variant.alibi_slopes),
             sinks if splits == 1 else per_head(None),
             Lengths(k_lengths=cache_lengths),
-            seed if variant.dropout_p > 0 else None,
+            seed,
             out,
             lse,
             partial,
@@ -287,8 +274,8 @@ def decode_forward(
             rows,
             row_tiles,
             splits,
-            round(variant.dropout_p * 2**32),
-            1.0 / (1.0 - variant.dropout_p),
+            threshold,
+            kept_scale,
             device=q.device,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,

@@ -31,6 +31,7 @@ from transfuse.ops.attention.triton_scores import (
     LN2,
     LOG2E,
     Lengths,
+    dropout,
     first_position,
     inner_key_range,
     k_span,
@@ -38,6 +39,8 @@ from transfuse.ops.attention.triton_scores import (
     of_head,
     per_head,
     q_span,
+    raised,
+    rows_of,
     rule,
     scores,
     strided,
@@ -48,35 +51,6 @@ from transfuse.ops.attention.variant import Variant
 
 _SHARED_KEYS = 16 << 20
 """Bytes of keys and values that programs side by side may read in turns: well within the L2 of an A100 or later."""
-
-
-@triton.jit
-def rows_of(  # type: ignore[no-untyped-def]
-    t,
-    b,
-    h,
-    i,
-    end,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALL: tl.constexpr,
-    FROM: tl.constexpr = 0,
-    AGAIN: tl.constexpr = False,
-):
-    """t[b, h, i, FROM : FROM + BLOCK] as [len(i), BLOCK], 0 beyond ``end`` and COLUMNS. i: [len(i), 1].
-
-    ALL: no i is beyond. AGAIN: in a loop that changes none of this, load all the same at every turn.
-    """
-    column = FROM + tl.arange(0, BLOCK)[None, :]
-    pointers = tile(t, b, h, i, column)
-    if ALL and FROM + BLOCK <= COLUMNS:
-        return tl.load(pointers, volatile=AGAIN)
-    elif ALL:  # noqa: RET505 - a constexpr branch
-        return tl.load(pointers, mask=column < COLUMNS, other=0.0, volatile=AGAIN)
-    elif FROM + BLOCK <= COLUMNS:
-        return tl.load(pointers, mask=i < end, other=0.0, volatile=AGAIN)
-    else:
-        return tl.load(pointers, mask=(i < end) & (column < COLUMNS), other=0.0, volatile=AGAIN)
 
 
 @triton.jit
@@ -168,30 +142,24 @@ def attention_forward(  # type: ignore[no-untyped-def]
                     dots, i[:, None], j[None, :], b, h, first, q_rows, k_rows, mask, bias, slope, rule, part != 1
                 )
                 if part == 1 and PLAIN:  # the largest score is that of the largest product: one less a score
-                    m_next = tl.maximum(m, tl.max(dots, 1) * (rule.scale * LOG2E))
+                    highest = tl.max(dots, 1) * (rule.scale * LOG2E)
                 else:
-                    m_next = tl.maximum(m, tl.max(s, 1))
-                # A row that has seen nothing has m = -inf, and -inf - -inf would be NaN.
-                finite = tl.where(m_next == float("-inf"), 0.0, m_next)
+                    highest = tl.max(s, 1)
+                m, finite, shrink = raised(m, highest)
                 p = tl.exp2(s - finite[:, None])
-                shrink = tl.exp2(m - finite)
                 total = total * shrink + tl.sum(p, 1)
                 if seed is not None:
                     p = tl.where(kept(seed, row, start, threshold, BLOCK_N), p, 0.0)
                 v_tile = rows_of(v, b, h // group, at, k_begin + k_rows, V_DIM, BLOCK_DV, part == 1)
                 # O += P @ V [BLOCK_M, BLOCK_DV]
                 acc = dot(rounded(p, v_tile.dtype), v_tile, acc * shrink[:, None], PRECISION)
-                m = m_next
 
     if sinks.pointer is not None:
         # One more key, with no value.
         sink = of_head(sinks, b, h) * LOG2E
-        m_next = tl.maximum(m, sink)
-        finite = tl.where(m_next == float("-inf"), 0.0, m_next)
-        shrink = tl.exp2(m - finite)
+        m, finite, shrink = raised(m, sink)
         total = total * shrink + tl.exp2(sink - finite)
         acc = acc * shrink[:, None]
-        m = m_next
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     acc = acc * (grow / total)[:, None]
@@ -274,7 +242,7 @@ def forward(
     if batch * heads * max_q == 0:
         return out, lse
     group = heads // k.shape[1]
-    drops = variant.dropout_p > 0 and seed is not None
+    seed, threshold, grow = dropout(variant, seed)
 
     def run(tiles: Tiles) -> None:
         count = batch * heads
@@ -293,15 +261,15 @@ def forward(
             per_head(variant.sinks),
             lengths,
             rule(variant),
-            seed if drops else None,
+            seed,
             heads,
             group,
             max_q,
             max_k,
             count,
             section,
-            round(variant.dropout_p * 2**32),
-            1 / (1 - variant.dropout_p) if drops else 1.0,
+            threshold,
+            grow,
             device=q.device,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,

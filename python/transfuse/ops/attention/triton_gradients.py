@@ -16,11 +16,20 @@ import triton
 import triton.language as tl
 
 from transfuse.ops._triton import dot, precision
-from transfuse.ops.attention.triton_scores import LOG2E, Lengths, Rule, Strided, per_head, rule, strided, tile
+from transfuse.ops.attention.triton_scores import (
+    LOG2E,
+    LOWEST,
+    Lengths,
+    Rule,
+    Strided,
+    dropout,
+    per_head,
+    rule,
+    strided,
+    tile,
+)
 from transfuse.ops.attention.triton_tiles import Tiles, block_d
 from transfuse.ops.attention.variant import Variant
-
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 class Inputs(NamedTuple):
@@ -53,7 +62,7 @@ class Call(NamedTuple):
     """int64 (2,) under dropout."""
     threshold: int
     up: float
-    """1 / (1 - dropout_p)"""
+    """1 / (1 - dropout_p), 1 without dropout"""
     heads: int
     group: int
     """heads / kv_heads"""
@@ -91,14 +100,11 @@ def make_call(
         strided(variant.bias),
         per_head(variant.alibi_slopes),
     )
-    dropping = variant.dropout_p > 0 and seed is not None
     return Call(
         inputs,
         rule(variant),
         lengths,
-        seed if dropping else None,
-        round(variant.dropout_p * 2**32) if dropping else 0,
-        1 / (1 - variant.dropout_p),
+        *dropout(variant, seed),
         q.shape[1],
         q.shape[1] // k.shape[1],
         max_q,
@@ -170,7 +176,7 @@ def products(x, y, b, x_head, y_head, x_at, x_end, y_at, y_end, WIDTH: tl.conste
 @triton.jit
 def base2(lse):  # type: ignore[no-untyped-def]
     """lse log2 e, +inf where nothing is seen; finite where lse is (the mean of keys biased by finfo.min)."""
-    return tl.where(lse == float("-inf"), float("inf"), tl.maximum(lse * LOG2E, _LOWEST))
+    return tl.where(lse == float("-inf"), float("inf"), tl.maximum(lse * LOG2E, LOWEST))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from transfuse.ops.attention.variant import Variant
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 _FARTHEST = 1 << 30  # no two positions are farther apart; sums with one stay within 32 bits
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 class Strided(NamedTuple):
@@ -75,11 +75,47 @@ def rule(variant: Variant) -> Rule:
     return Rule(variant.scale, variant.softcap or None, limit(variant.left), limit(variant.right), variant.first)
 
 
+def dropout(variant: Variant, seed: torch.Tensor | None) -> tuple[torch.Tensor | None, int, float]:
+    """(seed, or None without dropout; dropout_p * 2^32, below which a draw drops; what the kept grow by)."""
+    if seed is None or variant.dropout_p == 0:
+        return None, 0, 1.0
+    return seed, round(variant.dropout_p * 2**32), 1 / (1 - variant.dropout_p)
+
+
 @triton.jit
 def tile(t, b, h, i, j):  # type: ignore[no-untyped-def]
     """Pointers to t[b, h, i, j], with i and j ready to broadcast. In 64 bits: a product may pass 2^31."""
     start = t.pointer + tl.cast(b, tl.int64) * t.batch + tl.cast(h, tl.int64) * t.head
     return start + i.to(tl.int64) * t.row + j.to(tl.int64) * t.column
+
+
+@triton.jit
+def rows_of(  # type: ignore[no-untyped-def]
+    t,
+    b,
+    h,
+    i,
+    end,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALL: tl.constexpr,
+    FROM: tl.constexpr = 0,
+    AGAIN: tl.constexpr = False,
+):
+    """t[b, h, i, FROM : FROM + BLOCK] as [len(i), BLOCK], 0 beyond ``end`` and COLUMNS. i: [len(i), 1].
+
+    ALL: no i is beyond. AGAIN: in a loop that changes none of this, load all the same at every turn.
+    """
+    column = FROM + tl.arange(0, BLOCK)[None, :]
+    pointers = tile(t, b, h, i, column)
+    if ALL and FROM + BLOCK <= COLUMNS:
+        return tl.load(pointers, volatile=AGAIN)
+    elif ALL:  # noqa: RET505 - a constexpr branch
+        return tl.load(pointers, mask=column < COLUMNS, other=0.0, volatile=AGAIN)
+    elif FROM + BLOCK <= COLUMNS:
+        return tl.load(pointers, mask=i < end, other=0.0, volatile=AGAIN)
+    else:
+        return tl.load(pointers, mask=(i < end) & (column < COLUMNS), other=0.0, volatile=AGAIN)
 
 
 @triton.jit
@@ -109,6 +145,7 @@ def k_span(lengths, b, k_len):  # type: ignore[no-untyped-def]
         length = tl.load(lengths.k_starts + b + 1).to(tl.int32) - begin
     if lengths.k_lengths is not None:
         length = tl.load(lengths.k_lengths + b).to(tl.int32)
+        length = tl.minimum(tl.maximum(length, 0), k_len)  # lengths on a GPU are trusted by nobody else
     return begin, length
 
 
@@ -196,7 +233,7 @@ def scores(dots, i, j, b, h, first, q_len, k_len, mask, bias, slope, rule, EDGE:
             more = tl.load(tile(bias, b, h, i_inside, j)).to(tl.float32)
         # finfo.min is a number and not -inf: a row of nothing else is the mean of its values.
         s += more * LOG2E
-        s = tl.where((s < _LOWEST) & (more >= _LOWEST), _LOWEST, s)
+        s = tl.where((s < LOWEST) & (more >= LOWEST), LOWEST, s)
     if slope is not None:
         s -= (slope * LOG2E) * tl.abs(first + i - j).to(tl.float32)
     if EDGE:
@@ -213,3 +250,14 @@ def scores(dots, i, j, b, h, first, q_len, k_len, mask, bias, slope, rule, EDGE:
             attend = tl.load(tile(mask, b, h, i_inside, j))
         s = tl.where(attend, s, float("-inf"))
     return s, through
+
+
+@triton.jit
+def raised(m, highest):  # type: ignore[no-untyped-def]
+    """m raised to cover ``highest``, in base 2: (new m, its finite stand-in, what the sums so far shrink by).
+
+    A row that has seen nothing has m = -inf, and -inf - -inf would be NaN: 0 stands in for it.
+    """
+    higher = tl.maximum(m, highest)
+    finite = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, finite, tl.exp2(m - finite)
