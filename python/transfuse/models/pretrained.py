@@ -142,11 +142,10 @@ def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> 
     family, values = _written_config(model.config, task)
     state = model.state_dict()
     table = native.table_of(model, task) if family is native.FAMILY else family.table(model.config, task)
-    tensors = {theirs: state[rows.name][rows.start : rows.stop] for theirs, rows in table.items()}
+    tensors = {theirs: rows.of(state) for theirs, rows in table.items()}
     if not model.config.tie_embeddings:
         tensors |= {copy: tensors[name].clone() for copy, name in family.copies(model.config, task).items()}
-    if task == "encoder":  # a bare backbone carries no prefix
-        tensors = {name.removeprefix(family.prefix): tensor for name, tensor in tensors.items()}
+    tensors = {family.stored_name(name, task): tensor for name, tensor in tensors.items()}
     values |= {"architectures": [family.tasks[task]], "torch_dtype": str(model.dtype).removeprefix("torch.")}
     if isinstance(model, SequenceClassifier | TokenClassifier):
         count = model.classifier.out_features
@@ -277,7 +276,7 @@ def _plan(match: _Match, model: TransformerModel) -> dict[str, Rows]:
     misfits = []
     for name, stored in match.found.items():
         rows, info = match.table[name], source.entries[stored]
-        expected = tuple(parameters[rows.name][rows.start : rows.stop].shape)
+        expected = tuple(rows.of(parameters).shape)
         if info.shape != expected:
             misfits.append(f"{name}: file {info.shape}, model {expected}")
         elif info.dtype not in source.readable:
@@ -298,7 +297,7 @@ def _fill(model: TransformerModel, plan: Mapping[str, Rows], source: TensorSourc
     """Copy every tensor into its rows. It is a copy also where dtypes agree: what was read may map the file."""
     parameters = dict(model.named_parameters())
     for stored, rows in plan.items():
-        parameters[rows.name][rows.start : rows.stop].copy_(source.read(stored))
+        rows.of(parameters).copy_(source.read(stored))
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:

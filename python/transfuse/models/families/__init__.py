@@ -7,8 +7,10 @@ write ``families/<name>.py`` with a ``FAMILY`` and list it in ``FAMILIES``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from transfuse.errors import ConfigError
 from transfuse.models.config import TransformerConfig
@@ -16,11 +18,20 @@ from transfuse.models.config import TransformerConfig
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a stored tensor goes: rows ``start`` to ``stop`` of a parameter, all of them by default."""
+    """Where a stored tensor goes: rows ``start`` to ``stop`` of a parameter, all of them by default.
+
+    ``transposed``: the file holds the matrix as (in, out), GPT-2's Conv1D.
+    """
 
     name: str
     start: int = 0
     stop: int | None = None
+    transposed: bool = False
+
+    def of(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The view of ``tensors[name]`` that has the stored tensor's shape."""
+        part = tensors[self.name][self.start : self.stop]
+        return part.T if self.transposed else part
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Family:
             or both; where embeddings are tied, both must be equal.
         unused: parts of stored names that may be there unread: old buffers, what only another task reads.
         rename: spelling variants of old checkpoints, (old, new) endings.
+        other_prefixes: task -> the prefix, where the class of transformers has another one.
     """
 
     name: str
@@ -51,6 +63,7 @@ class Family:
     copies: Callable[[TransformerConfig, str], dict[str, str]]
     unused: tuple[str, ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
+    other_prefixes: Mapping[str, str] = field(default_factory=dict)
 
     def task_of(self, architectures: object) -> str:
         """The task that config.json's ``architectures`` names; the family's default where it names none of ours."""
@@ -63,12 +76,32 @@ class Family:
         result = {}
         for name in names:
             full = name
+            for other in self.other_prefixes.values():
+                full = self.prefix + full.removeprefix(other) if full.startswith(other) else full
             for old, new in self.rename:
                 full = full.removesuffix(old) + new if full.endswith(old) else full
             if not (prefixed or full in table or full.startswith(self.heads)):
                 full = self.prefix + full
             result[full] = name
         return result
+
+    def stored_name(self, name: str, task: str) -> str:
+        """How the task's class of transformers spells a name of the table; a bare stack carries no prefix."""
+        prefix = "" if task in ("encoder", "decoder") else self.other_prefixes.get(task, self.prefix)
+        return prefix + name.removeprefix(self.prefix) if name.startswith(self.prefix) else name
+
+
+# Until 2019 norms' parameters were called as in the paper.
+OLD_NORMS = ((".gamma", ".weight"), (".beta", ".bias"))
+
+
+def with_parts(modules: Mapping[str, str], parts: tuple[str, ...] = ("weight", "bias")) -> dict[str, Rows]:
+    """Stored name -> where it goes, of the weight and the bias of whole modules.
+
+    >>> with_parts({"ln_f": "final_norm"}, ("weight",))
+    {'ln_f.weight': Rows(name='final_norm.weight', start=0, stop=None, transposed=False)}
+    """
+    return {f"{theirs}.{part}": Rows(f"{ours}.{part}") for theirs, ours in modules.items() for part in parts}
 
 
 def qkv_rows(config: TransformerConfig, names: tuple[str, str, str], ours: str) -> dict[str, Rows]:
@@ -87,22 +120,24 @@ def given(values: Mapping[str, Any], key: str, default: Any) -> Any:
 ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
 }
 
 
-def activation_from(values: Mapping[str, Any], default: str) -> str:
-    """Our name of ``hidden_act``.
+def activation_from(values: Mapping[str, Any], default: str, key: str = "hidden_act") -> str:
+    """Our name of ``values[key]``.
 
     Raises:
         ConfigError: it is one that the feed-forward network does not have.
     """
-    name = given(values, "hidden_act", default)
+    name = given(values, key, default)
     if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
+        raise ConfigError(f"config.json: {key} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
     return ACTIVATIONS[name]
 
 
