@@ -78,12 +78,13 @@ class Block(nn.Module):
         self.dropout = c.hidden_dropout
         second = decoder and c.is_encoder_decoder
         self.attention_norm = make_norm(c, device, dtype)
-        self.attention = _attention(c, second, False, decoder, _window(c, layer, decoder), device, dtype)
+        window = _window(c, layer, decoder)
+        self.attention = _attention(c, second, False, decoder, window, _scale(c, layer), device, dtype)
         self.cross_attention_norm: LayerNorm | RMSNorm | None = None
         self.cross_attention: Attention | None = None
         if second:
             self.cross_attention_norm = make_norm(c, device, dtype)
-            self.cross_attention = _attention(c, True, True, False, None, device, dtype)
+            self.cross_attention = _attention(c, True, True, False, None, _scale(c, layer), device, dtype)
         self.feed_forward_norm = make_norm(c, device, dtype)
         self.feed_forward = FeedForward(
             c.hidden_size,
@@ -164,6 +165,7 @@ def _attention(
     cross: bool,
     causal: bool,
     window: tuple[int, int] | None,
+    scale: float | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Attention:
@@ -175,7 +177,7 @@ def _attention(
         cross=cross,
         causal=causal,
         window=window,
-        scale=c.attention_scale,
+        scale=scale,
         softcap=c.softcap,
         qkv_bias=c.qkv_bias,
         out_bias=c.out_bias,
@@ -183,6 +185,12 @@ def _attention(
         device=device,
         dtype=dtype,
     )
+
+
+def _scale(c: TransformerConfig, layer: int) -> float | None:
+    if not c.scale_by_layer:
+        return c.attention_scale
+    return (c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale) / (layer + 1)
 
 
 def _window(c: TransformerConfig, layer: int, decoder: bool) -> tuple[int, int] | None:

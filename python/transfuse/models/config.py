@@ -22,6 +22,7 @@ CHOICES = {
     "activation": ("relu", "gelu", "gelu_tanh", "silu"),
     "norm": ("layer", "rms"),
     "norm_placement": ("pre", "post"),
+    "pooler_activation": ("tanh", "relu"),
     "position": ("none", "learned", "sinusoidal", "rotary", "relative"),
     "sinusoidal_layout": ("interleaved", "halves"),
 }
@@ -114,6 +115,7 @@ class TransformerConfig:
 
     # attention
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim); T5 and GPT-Neo: 1.0
+    scale_by_layer: bool = False  # layer i's scores also times 1 / (i + 1) (a GPT-2 variant)
     softcap: float | None = None  # cap * tanh(score / cap)
     window: int | None = None  # local layers: keys a token sees, itself among them; an encoder's: window // 2 a side
     layer_pattern: tuple[str, ...] = ()  # "global" | "local", repeated over the layers; (): local everywhere if window
@@ -133,16 +135,20 @@ class TransformerConfig:
     embedding_scale: float = 1.0  # times the token embedding; 2017 paper: sqrt(hidden_size)
     embedding_norm: bool = False  # a norm on the summed embeddings (BERT, BART)
     type_vocab_size: int = 0  # token types (segments); 0: none
+    token_types_are_tokens: bool = False  # token types are looked up in the token table (GPT-2)
     share_embeddings: bool = True  # encoder_decoder: one token table for both
     tie_embeddings: bool = True  # the output head is the token table
     lm_head_bias: bool = False
     logit_scale: float = 1.0  # times the hidden state before the head; tied T5 1.0: hidden_size ** -0.5
-    pooler: bool = False  # encoder: tanh(W h_0 + b) of the first token (BERT)
+    pooler: bool = False  # encoder: act(W h_0 + b) of the first token (BERT)
+    pooler_activation: str = "tanh"  # tanh | relu (DistilBERT's classifier)
 
     # dropout, in training mode only
     hidden_dropout: float = 0.0  # on what attention and FFN add to the stream, and on the embeddings
+    embedding_dropout: float | None = None  # on the embeddings; None: hidden_dropout
     attention_dropout: float = 0.0  # on the attention probabilities
     ffn_dropout: float = 0.0  # on the FFN's inner activations
+    classifier_dropout: float | None = None  # before a classifier; None: hidden_dropout, and none before spans
 
     # tokens and initialisation
     pad_token_id: int | None = None
@@ -283,8 +289,8 @@ class TransformerConfig:
             least = 0 if name in zero_is_fine else 1
             if value is not None and not least <= value <= most:
                 raise ConfigError(f"config: {name} must be between {least} and {most}, got {value}")
-        for name in ("hidden_dropout", "attention_dropout", "ffn_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
+        for name in (f"{part}_dropout" for part in ("hidden", "embedding", "attention", "ffn", "classifier")):
+            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise ConfigError(f"config: {name} must be at least 0 and below 1, got {getattr(self, name)}")
         for name in ("norm_eps", "rope_theta", "softcap", "initializer_range"):
             value = getattr(self, name)
@@ -322,6 +328,10 @@ class TransformerConfig:
             )
         if "local" in self.layer_pattern and self.window is None:
             raise ConfigError("config: layer_pattern has local layers, which need window; give its number of keys")
+        if self.token_types_are_tokens and self.type_vocab_size:
+            raise ConfigError(
+                f"config: token_types_are_tokens needs no table of types, got type_vocab_size {self.type_vocab_size}"
+            )
         if self.pooler and self.architecture != "encoder":
             raise ConfigError(f"config: pooler belongs to an encoder, got architecture {self.architecture!r}")
         if self.is_encoder_decoder and self.share_embeddings and self.decoder_vocab_size != self.vocab_size:

@@ -34,7 +34,8 @@ class Embeddings(nn.Module):
     ) -> None:
         super().__init__()
         c = config
-        self.scale, self.dropout, self.offset = c.embedding_scale, c.hidden_dropout, c.position_offset
+        self.scale, self.offset, self.types_are_tokens = c.embedding_scale, c.position_offset, c.token_types_are_tokens
+        self.dropout = c.hidden_dropout if c.embedding_dropout is None else c.embedding_dropout
         self.token = nn.Embedding(vocab_size, c.hidden_size, device=device, dtype=dtype)
         self.position: nn.Module | None = None
         if c.position == "learned":
@@ -77,6 +78,8 @@ class Embeddings(nn.Module):
         if self.token_type is not None:
             # without ids all tokens are of type 0: one row for all
             x = x + (self.token_type.weight[0] if token_type_ids is None else self._types(token_type_ids))
+        elif token_type_ids is not None and self.types_are_tokens:
+            x = x + _look_up("token_type_ids", self.token, token_type_ids)
         elif token_type_ids is not None:
             raise ArgumentError("token_type_ids: this model has no token types; leave it out")
         if self.norm is not None:
