@@ -103,9 +103,7 @@ def from_pretrained(
         task = family.task_of(values.get("architectures"))
     elif not isinstance(task, str) or task not in family.tasks:
         raise ArgumentError(f"from_pretrained: {family.name} has no task {task!r}; it has {', '.join(family.tasks)}")
-    config = family.read_config(values, task)
-    if task == "encoder" and config.pooler and not any("pooler." in name for name in source.entries):
-        config = dataclasses.replace(config, pooler=False)  # the checkpoint was saved from a task that has none
+    config = family.settle(family.read_config(values, task), task, source)
     labels = _labels(values) if task in _CLASSIFIERS else ()
     match = None if family is native.FAMILY else _match(family, config, task, family.table(config, task), source)
     if match is not None and 2 * len(match.missing) > len(match.table):
@@ -143,7 +141,7 @@ def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> 
     state = model.state_dict()
     table = native.table_of(model, task) if family is native.FAMILY else family.table(model.config, task)
     tensors = {theirs: rows.of(state) for theirs, rows in table.items()}
-    if not model.config.tie_embeddings:
+    if family.writes_copies(model.config):
         tensors |= {copy: tensors[name].clone() for copy, name in family.copies(model.config, task).items()}
     tensors = {family.stored_name(name, task): tensor for name, tensor in tensors.items()}
     values |= {"architectures": [family.tasks[task]], "torch_dtype": str(model.dtype).removeprefix("torch.")}
@@ -211,8 +209,8 @@ def _written_config(config: TransformerConfig, task: str) -> tuple[Family, dict[
     family = find_family(config.family)
     if task in family.tasks:
         values = family.write_config(config)
-        read_back = dataclasses.replace(family.read_config(values, task), pooler=config.pooler)
-        if read_back == config:
+        settled = {name: getattr(config, name) for name in family.settled}
+        if dataclasses.replace(family.read_config(values, task), **settled) == config:
             return family, values
     return native.FAMILY, native.FAMILY.write_config(config)
 
@@ -255,13 +253,15 @@ def _match(
             found[name] = stored[hit]
     # Another task's head, or what only another task reads, may lie in the file; anything else unknown may not.
     passed_over = tuple(head for head in family.heads if not any(name.startswith(head) for name in table))
+    unused = [part for part in family.unused if not any(part in name for name in table)]
     unexpected = [
         original
         for name, original in stored.items()
         if not (name in table or name in copies or name.startswith(passed_over))
-        and not any(part in name for part in family.unused)
+        and not any(part in name for part in unused)
     ]
-    tied = {stored[c]: stored[n] for c, n in copies.items() if config.tie_embeddings and c in stored and n in stored}
+    equal = {} if family.writes_copies(config) else copies
+    tied = {stored[c]: stored[n] for c, n in equal.items() if c in stored and n in stored}
     missing = [name for name in table if name not in found]
     return _Match(source, f"{family.name}, {task}", table, found, missing, unexpected, tied)
 

@@ -7,12 +7,13 @@ write ``families/<name>.py`` with a ``FAMILY`` and list it in ``FAMILIES``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from transfuse.errors import ConfigError
+from transfuse.models.checkpoint import TensorSource
 from transfuse.models.config import TransformerConfig
 
 
@@ -20,18 +21,28 @@ from transfuse.models.config import TransformerConfig
 class Rows:
     """Where a stored tensor goes: rows ``start`` to ``stop`` of a parameter, all of them by default.
 
-    ``transposed``: the file holds the matrix as (in, out), GPT-2's Conv1D.
+    ``transposed``: the file holds the matrix as (in, out), GPT-2's Conv1D. ``leading``: it holds the vector as (1, n).
     """
 
     name: str
     start: int = 0
     stop: int | None = None
     transposed: bool = False
+    leading: bool = False
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The view of ``tensors[name]`` that has the stored tensor's shape."""
         part = tensors[self.name][self.start : self.stop]
+        if self.leading:
+            return part[None]
         return part.T if self.transposed else part
+
+
+def settle_pooler(config: TransformerConfig, task: str, source: TensorSource) -> TransformerConfig:
+    """A bare encoder has a pooler if its checkpoint has: one that was saved from another task has none."""
+    if task == "encoder" and config.pooler and not any("pooler." in name for name in source.entries):
+        return replace(config, pooler=False)
+    return config
 
 
 @dataclass(frozen=True)
@@ -47,10 +58,15 @@ class Family:
         write_config: configuration -> values for config.json, without ``architectures``.
         table: (configuration, task) -> stored name -> where it goes. The stored names carry the prefix.
         copies: (configuration, task) -> stored name -> the stored name of the same tensor. A checkpoint may hold either
-            or both; where embeddings are tied, both must be equal.
-        unused: parts of stored names that may be there unread: old buffers, what only another task reads.
+            or both; both must be equal (but see ``writes_copies``).
+        unused: parts of stored names that may be there unread, where the task needs no name with that part: old
+            buffers, what only another task reads.
         rename: spelling variants of old checkpoints, (old, new) endings.
         other_prefixes: task -> the prefix, where the class of transformers has another one.
+        writes_copies: whether the copies are tensors of their own to transformers, which nobody reads here. Then they
+            need not be equal, and are written too.
+        settle: (configuration, task, checkpoint) -> configuration, where only the stored tensors tell.
+        settled: the fields that ``settle`` may change: config.json need not tell them.
     """
 
     name: str
@@ -64,6 +80,9 @@ class Family:
     unused: tuple[str, ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
     other_prefixes: Mapping[str, str] = field(default_factory=dict)
+    writes_copies: Callable[[TransformerConfig], bool] = lambda config: not config.tie_embeddings
+    settle: Callable[[TransformerConfig, str, TensorSource], TransformerConfig] = settle_pooler
+    settled: tuple[str, ...] = ("pooler",)
 
     def task_of(self, architectures: object) -> str:
         """The task that config.json's ``architectures`` names; the family's default where it names none of ours."""
@@ -88,7 +107,8 @@ class Family:
     def stored_name(self, name: str, task: str) -> str:
         """How the task's class of transformers spells a name of the table; a bare stack carries no prefix."""
         prefix = "" if task in ("encoder", "decoder") else self.other_prefixes.get(task, self.prefix)
-        return prefix + name.removeprefix(self.prefix) if name.startswith(self.prefix) else name
+        inside = name.startswith(self.prefix) and not name.startswith(self.heads)
+        return prefix + name.removeprefix(self.prefix) if inside else name
 
 
 # Until 2019 norms' parameters were called as in the paper.
@@ -99,7 +119,7 @@ def with_parts(modules: Mapping[str, str], parts: tuple[str, ...] = ("weight", "
     """Stored name -> where it goes, of the weight and the bias of whole modules.
 
     >>> with_parts({"ln_f": "final_norm"}, ("weight",))
-    {'ln_f.weight': Rows(name='final_norm.weight', start=0, stop=None, transposed=False)}
+    {'ln_f.weight': Rows(name='final_norm.weight', start=0, stop=None, transposed=False, leading=False)}
     """
     return {f"{theirs}.{part}": Rows(f"{ours}.{part}") for theirs, ours in modules.items() for part in parts}
 
