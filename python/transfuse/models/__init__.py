@@ -6,23 +6,33 @@ from transfuse.models.base import ParameterCount
 from transfuse.models.blocks import Block
 from transfuse.models.cache import KVCache
 from transfuse.models.config import RopeScaling, TransformerConfig
-from transfuse.models.decoder import Decoder
+from transfuse.models.decoder import Decoder, DecoderBody
 from transfuse.models.encoder import Encoder
-from transfuse.models.encoder_heads import MaskedLM, SequenceClassifier, SpanClassifier, TokenClassifier
 from transfuse.models.outputs import ModelOutput
 from transfuse.models.pretrained import from_pretrained, save_pretrained
 from transfuse.models.seq2seq import Seq2Seq
+from transfuse.models.task_heads import (
+    MaskedLM,
+    NextSentencePredictor,
+    Pretraining,
+    SequenceClassifier,
+    SpanClassifier,
+    TokenClassifier,
+)
 from transfuse.models.tokenizer import Tokenizer, TokenizerSettings
 from transfuse.models.tokenizer_files import load_tokenizer
 
 __all__ = [
     "Block",
     "Decoder",
+    "DecoderBody",
     "Encoder",
     "KVCache",
     "MaskedLM",
     "ModelOutput",
+    "NextSentencePredictor",
     "ParameterCount",
+    "Pretraining",
     "RopeScaling",
     "Seq2Seq",
     "SequenceClassifier",

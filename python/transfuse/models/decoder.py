@@ -10,12 +10,12 @@ from transfuse.models.blocks import BlockInputs
 from transfuse.models.cache import KVCache
 from transfuse.models.config import TransformerConfig
 from transfuse.models.heads import OutputHead
-from transfuse.models.outputs import ModelOutput
+from transfuse.models.outputs import ModelOutput, last_hidden
 from transfuse.models.stack import Stack, as_mask
 
 
-class Decoder(Stack):
-    """A causal transformer with its output head: ids in, scores of the next token out.
+class DecoderBody(Stack):
+    """A causal transformer without a head: ids in, one vector for each token out.
 
     Args:
         config: architecture "decoder", or "encoder_decoder" for that one's decoder alone, with cross-attention.
@@ -24,14 +24,9 @@ class Decoder(Stack):
     Raises:
         ConfigError: the configuration is an encoder's, or larger than this machine's memory.
 
-    >>> config = TransformerConfig("decoder", vocab_size=100, hidden_size=32, num_layers=2, num_heads=4,
-    ...                            num_kv_heads=2, activation="silu", gated=True, norm="rms", position="rotary")
-    >>> model = Decoder(config).eval()
-    >>> prompt = torch.tensor([[5, 6, 7]])
-    >>> model(prompt).logits.shape
-    torch.Size([1, 3, 100])
-    >>> model.generate(prompt, max_new_tokens=4).shape
-    torch.Size([1, 7])
+    >>> config = TransformerConfig("decoder", vocab_size=100, hidden_size=32, num_layers=2, num_heads=4)
+    >>> DecoderBody(config).eval()(torch.tensor([[5, 6, 7]])).last_hidden_state.shape
+    torch.Size([1, 3, 32])
     """
 
     def __init__(
@@ -43,9 +38,9 @@ class Decoder(Stack):
     ) -> None:
         self._check(config, dtype)
         if config.architecture == "encoder":
-            raise ConfigError("Decoder: the configuration's architecture is 'encoder'; use transfuse.Encoder")
+            name = type(self).__name__
+            raise ConfigError(f"{name}: the configuration's architecture is 'encoder'; use transfuse.Encoder")
         super().__init__(config, decoder=True, dtype=dtype)
-        self.lm_head = OutputHead(config, dtype=dtype)
         self._materialise(device, dtype)
 
     def forward(
@@ -58,11 +53,10 @@ class Decoder(Stack):
         *,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        last_logits_only: bool = False,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ModelOutput:
-        """Scores the token after each one.
+        """Reads the tokens, each one in the light of those before it.
 
         With a cache, ``input_ids`` are the tokens that follow those in it, and no gradient is recorded.
 
@@ -75,11 +69,10 @@ class Decoder(Stack):
             cache: of :meth:`new_cache`; the new tokens' keys and values are appended.
             encoder_hidden_states: (batch, source_length, hidden_size) to attend to; not needed once the cache has it.
             encoder_attention_mask: (batch, source_length), likewise.
-            last_logits_only: logits (batch, 1, vocab_size) of the last position alone.
             output_hidden_states, output_attentions: also give these, see :class:`ModelOutput`.
 
         Returns:
-            logits (batch, length, vocab_size) and last_hidden_state (batch, length, hidden_size).
+            last_hidden_state (batch, length, hidden_size).
 
         Raises:
             ArgumentError, DtypeError: a shape, an id or a dtype is wrong, or the cache has no room.
@@ -94,11 +87,8 @@ class Decoder(Stack):
             last, states = self._run(
                 input_ids, attention_mask, token_type_ids, position_ids, cache, inputs, output_hidden_states
             )
-            read = last[:, -1:] if last_logits_only else last
-            logits = self.lm_head(read, self.embeddings.token.weight)
         return ModelOutput(
             last_hidden_state=last,
-            logits=logits,
             hidden_states=states,
             attentions=None if inputs.attentions is None else tuple(inputs.attentions),
             cross_attentions=None if inputs.cross_attentions is None else tuple(inputs.cross_attentions),
@@ -169,6 +159,74 @@ class Decoder(Stack):
             self.dtype if dtype is None else dtype,
             self.device if device is None else device,
         )
+
+
+class Decoder(DecoderBody):
+    """A causal transformer with its output head: ids in, scores of the next token out.
+
+    Args:
+        config: architecture "decoder", or "encoder_decoder" for that one's decoder alone, with cross-attention.
+        device, dtype: of the parameters; device="meta" allocates nothing.
+
+    Raises:
+        ConfigError: the configuration is an encoder's, or larger than this machine's memory.
+
+    >>> config = TransformerConfig("decoder", vocab_size=100, hidden_size=32, num_layers=2, num_heads=4,
+    ...                            num_kv_heads=2, activation="silu", gated=True, norm="rms", position="rotary")
+    >>> model = Decoder(config).eval()
+    >>> prompt = torch.tensor([[5, 6, 7]])
+    >>> model(prompt).logits.shape
+    torch.Size([1, 3, 100])
+    >>> model.generate(prompt, max_new_tokens=4).shape
+    torch.Size([1, 7])
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, device="meta", dtype=dtype)
+        self.lm_head = OutputHead(config, dtype=dtype)
+        self._materialise(device, dtype)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        last_logits_only: bool = False,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> ModelOutput:
+        """Scores the token after each one; arguments, errors and output as of :meth:`DecoderBody.forward`.
+
+        Returns:
+            Also logits (batch, length, vocab_size), with ``last_logits_only`` (batch, 1, vocab_size) of the last
+            position alone.
+        """
+        out = super().forward(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            cache,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
+        read = last_hidden(out)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            out.logits = self.lm_head(read[:, -1:] if last_logits_only else read, self.embeddings.token.weight)
+        return out
 
     generate = generation.generate
     stream = generation.stream

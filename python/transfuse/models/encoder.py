@@ -48,6 +48,7 @@ class Encoder(Stack):
         self.pooler: nn.Linear | None = None
         if config.pooler:
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size, device="meta", dtype=dtype)
+        self._pool = torch.relu if config.pooler_activation == "relu" else torch.tanh
         self._materialise(device, dtype)
 
     def forward(
@@ -82,7 +83,7 @@ class Encoder(Stack):
         )
         return ModelOutput(
             last_hidden_state=last,
-            pooler_output=None if self.pooler is None else torch.tanh(self.pooler(last[:, 0])),
+            pooler_output=None if self.pooler is None else self._pool(self.pooler(last[:, 0])),
             hidden_states=states,
             attentions=None if inputs.attentions is None else tuple(inputs.attentions),
         )

@@ -26,6 +26,7 @@ class ModelOutput:
         encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: an encoder-decoder's other half; None when
             the encoder did not run because the cache holds what is needed of it.
         start_logits, end_logits: (batch, length), of a SpanClassifier.
+        seq_relationship_logits: (batch, 2), of a Pretraining model: the second sentence follows, or it does not.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -40,6 +41,7 @@ class ModelOutput:
     encoder_attentions: tuple[torch.Tensor, ...] | None = None
     start_logits: torch.Tensor | None = None
     end_logits: torch.Tensor | None = None
+    seq_relationship_logits: torch.Tensor | None = None
 
     @property
     def decoder_hidden_states(self) -> tuple[torch.Tensor, ...] | None:
@@ -47,9 +49,20 @@ class ModelOutput:
         return self.hidden_states
 
     @property
+    def prediction_logits(self) -> torch.Tensor | None:
+        """``logits``, by the name that a pre-training model of transformers gives it."""
+        return self.logits
+
+    @property
     def decoder_attentions(self) -> tuple[torch.Tensor, ...] | None:
         """``attentions``, by the name that an encoder-decoder of transformers gives it."""
         return self.attentions
+
+
+def last_hidden(out: ModelOutput) -> torch.Tensor:
+    """``last_hidden_state``, which every stack gives."""
+    assert out.last_hidden_state is not None
+    return out.last_hidden_state
 
 
 # torch.export and data parallel wrappers then see the tensors in it.

@@ -28,28 +28,39 @@ from transfuse.models.checkpoint import (
     WEIGHTS,
     SafetensorsSource,
     TensorSource,
+    half_downloaded,
     open_safetensors,
     read_json,
     some,
 )
 from transfuse.models.config import TransformerConfig
-from transfuse.models.decoder import Decoder
+from transfuse.models.decoder import Decoder, DecoderBody
 from transfuse.models.encoder import Encoder
-from transfuse.models.encoder_heads import MaskedLM, SequenceClassifier, SpanClassifier, TokenClassifier
 from transfuse.models.families import Family, Rows, find_family, native
 from transfuse.models.gguf import LlamaGgufSource
 from transfuse.models.locate import locate_model
 from transfuse.models.placement import DTYPES, check_dtype, usable_device
 from transfuse.models.seq2seq import Seq2Seq
+from transfuse.models.task_heads import (
+    MaskedLM,
+    NextSentencePredictor,
+    Pretraining,
+    SequenceClassifier,
+    SpanClassifier,
+    TokenClassifier,
+)
 from transfuse.models.tokenizer_files import load_tokenizer
 
 __all__ = ["from_pretrained", "load_tokenizer", "save_pretrained"]
 
 _CLASSES: dict[str, Any] = {
     "encoder": Encoder,
+    "decoder": DecoderBody,
     "causal-lm": Decoder,
     "seq2seq-lm": Seq2Seq,
     "masked-lm": MaskedLM,
+    "next-sentence-prediction": NextSentencePredictor,
+    "pretraining": Pretraining,
     "sequence-classification": SequenceClassifier,
     "token-classification": TokenClassifier,
     "question-answering": SpanClassifier,
@@ -159,7 +170,9 @@ def _open(path: Path) -> tuple[dict[str, Any], TensorSource]:
         gguf = LlamaGgufSource(path)
         return gguf.config, gguf
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path}: no config.json; pass the folder that holds it beside the weights")
+        raise CheckpointError(
+            f"{path}: no config.json{half_downloaded(path)}; pass the folder that holds it beside the weights"
+        )
     values = read_json(path / "config.json", ConfigError)
     generation = path / "generation_config.json"
     if generation.is_file() and (eos := read_json(generation, ConfigError).get("eos_token_id")) is not None:

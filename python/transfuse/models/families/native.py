@@ -23,9 +23,17 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
 
 
 def table_of(model: torch.nn.Module, task: str) -> dict[str, Rows]:
-    """Every parameter under its own name, a shared one once; the bare encoder's as they are below a head."""
-    prefix = FAMILY.prefix if task == "encoder" else ""
-    return {prefix + name: Rows(name) for name, _ in model.named_parameters()}
+    """Every parameter under its own name, a shared one once.
+
+    The same part of a model has one name in every task: a bare encoder's as they are below a head, those of a decoder
+    below a head as the bare one's.
+    """
+    names = {name: Rows(name) for name, _ in model.named_parameters()}
+    if task == "encoder":
+        return {FAMILY.prefix + name: rows for name, rows in names.items()}
+    if task == "seq2seq-lm":
+        return names
+    return {name.removeprefix("decoder."): rows for name, rows in names.items()}
 
 
 def _no_table(config: TransformerConfig, task: str) -> dict[str, Rows]:
@@ -39,12 +47,15 @@ def _no_copies(config: TransformerConfig, task: str) -> dict[str, str]:
 FAMILY = Family(
     name="transfuse",
     prefix="encoder.",
-    heads=("head.", "classifier."),
+    heads=("head.", "classifier.", "lm_head."),
     tasks={
         "encoder": "Encoder",
+        "decoder": "DecoderBody",
         "causal-lm": "Decoder",
         "seq2seq-lm": "Seq2Seq",
         "masked-lm": "MaskedLM",
+        "next-sentence-prediction": "NextSentencePredictor",
+        "pretraining": "Pretraining",
         "sequence-classification": "SequenceClassifier",
         "token-classification": "TokenClassifier",
         "question-answering": "SpanClassifier",
