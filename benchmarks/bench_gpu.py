@@ -1,6 +1,6 @@
 """Every op on a GPU: the CUDA and Triton kernels beside what torch users have, each time behind a check against fp64.
 
-    python benchmarks/bench_gpu.py [--op attention decode varlen norm softmax ffn] [--json FILE] [--seconds N]
+    python benchmarks/bench_gpu.py [--op attention decode varlen rotary norm softmax ffn] [--json FILE] [--seconds N]
     python benchmarks/bench_gpu.py --rehearse            # tiny sizes, a CPU will do: does every case run?
 
 Times are medians with the 20th and 80th percentile over runs with a cold L2 cache (triton.testing.do_bench). The
@@ -30,7 +30,7 @@ from gpu_cases import Case
 from transfuse.backends import backends, why_not
 from transfuse.errors import BackendError
 
-OPS = ("attention", "decode", "varlen", "norm", "softmax", "ffn")
+OPS = ("attention", "decode", "varlen", "rotary", "norm", "softmax", "ffn")
 
 
 def cases(ops: list[str], device: torch.device, dtype: torch.dtype, tiny: bool) -> Iterator[Case]:
@@ -40,6 +40,7 @@ def cases(ops: list[str], device: torch.device, dtype: torch.dtype, tiny: bool) 
         "attention": lambda: gpu_cases.attention(device, dtype, 32 if tiny else 16384, 128 if tiny else 2048, lengths),
         "decode": lambda: gpu_cases.decode(device, dtype, [40] if tiny else [512, 4096, 32768]),
         "varlen": lambda: gpu_cases.varlen(device, dtype, 64 if tiny else 16384),
+        "rotary": lambda: gpu_cases.rotary(device, dtype, [1, 3] if tiny else [1, 4096]),
         "norm": lambda: gpu_cases.norms(
             device, dtype, 512 if tiny else 2**25, [64, 96] if tiny else [256, 768, 1024, 4096, 8192, 16384]
         ),

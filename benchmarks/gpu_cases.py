@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import transfuse as tf
+from transfuse import ops
 from transfuse.backends import why_not
 
 Function = Callable[..., torch.Tensor]
@@ -240,6 +241,48 @@ def decode(device: torch.device, dtype: torch.dtype, lengths: Sequence[int]) -> 
                 variants=ours(device, op) | {"sdpa": sdpa},
                 reference=functools.partial(op, backend="reference"),
                 bytes=float((k.numel() + v.numel()) * k.element_size()),
+            )
+
+
+def rotary(device: torch.device, dtype: torch.dtype, tokens: Sequence[int]) -> Iterator[Case]:
+    """Turned heads, a cache's write, and both at once: one new token of some rows, and whole prompts."""
+    for new in tokens:
+        batch, heads, kv_heads, dim, room = (8 if new == 1 else 1), 32, 8, 128, max(tokens)
+        packed = torch.randn(batch, new, heads + 2 * kv_heads, dim, device=device, dtype=dtype)
+        q, k, v = packed.split((heads, kv_heads, kv_heads), 2)
+        angles = torch.rand(1, new, 1, dim // 2, device=device).repeat(1, 1, 1, 2)
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        caches = torch.zeros(2, batch, kv_heads, room, dim, device=device, dtype=dtype)
+
+        def turn(q, k, cos, sin, *, backend):
+            return ops.rotary_embedding(q, k, cos, sin, backend=backend)[0]
+
+        def append(k, v, *, caches=caches, new=new, backend):
+            own = caches.to(k.dtype)  # itself, but for the formulas in fp64
+            ops.cache_append(k.transpose(1, 2), v.transpose(1, 2), *own, 0, backend=backend)
+            return own[:, :, :, :new]
+
+        def both(q, k, v, cos, sin, *, caches=caches, new=new, backend):
+            own = caches.to(k.dtype)
+            ops.rotary_append(q, k, v, cos, sin, *own, 0, backend=backend)
+            return own[:, :, :, :new]
+
+        inputs = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin}
+        kinds = {
+            "rotary_embedding": (turn, "q k cos sin"),
+            "cache_append": (append, "k v"),
+            "rotary_append": (both, "q k v cos sin"),
+        }
+        for name, (op, names) in kinds.items():
+            of_op = {n: inputs[n] for n in names.split()}
+            moved = sum(t.numel() * (2 if n in "qkv" else 1) for n, t in of_op.items())
+            yield Case(
+                op=name,
+                name=f"B{batch}-L{new}-H{heads}x{kv_heads}-D{dim}",
+                inputs=of_op,
+                variants=ours(device, op) | {"torch": functools.partial(op, backend="torch")},
+                reference=functools.partial(op, backend="reference"),
+                bytes=float(moved * q.element_size()),
             )
 
 

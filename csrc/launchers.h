@@ -89,4 +89,17 @@ void attention_forward(const TensorView& q,    // (batch, heads, q_len, D), rows
                        std::optional<int> first,    // none: the last query stands at the last key
                        float softcap, double dropout_p, const LaunchTarget& target);
 
+// q and k turned by the angles of their positions (backwards with `inverse`), k and v written from place `start` of a
+// cache on, or of a tensor of their own length. A part may be left out: without q, cos and sin it appends.
+void rotary_append(const OptionalTensor& q,      // (batch, length, heads, D), k's dtype
+                   const TensorView& k,          // (batch, length, kv_heads, D): float32, float16 or bfloat16
+                   const OptionalTensor& v,      // (batch, length, kv_heads, Dv), k's dtype
+                   const OptionalTensor& cos,    // (batch|1, length, 1, rotary_dim), k's dtype or float32
+                   const OptionalTensor& sin,    // likewise
+                   const OptionalTensor& q_out,  // q's shape and dtype
+                   const TensorView& k_out,      // (batch, room, kv_heads, D): float32, float16 or bfloat16
+                   const OptionalTensor& v_out,  // (batch, room, kv_heads, Dv), likewise
+                   const OptionalTensor& starts,  // (batch), int32 or int64; without it `start` counts for all rows
+                   int64_t start, bool inverse, const LaunchTarget& target);
+
 }  // namespace transfuse

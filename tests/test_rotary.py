@@ -1,7 +1,8 @@
-"""rotary_embedding and cache_append on every backend: values, gradients, strides, empties, errors, registration."""
+"""rotary_embedding, cache_append and both in one on every backend: values, gradients, strides, empties, errors."""
 
 from __future__ import annotations
 
+import importlib
 from contextlib import nullcontext
 
 import pytest
@@ -13,9 +14,10 @@ from transfuse import Decoder, TransformerConfig, use_backend
 from transfuse.errors import ArgumentError, BackendError, DeviceError, DtypeError
 from transfuse.models import KVCache
 from transfuse.nn import RotaryEmbedding, apply_rotary
-from transfuse.ops import cache_append, rotary, rotary_embedding
+from transfuse.ops import cache_append, rotary, rotary_append, rotary_embedding
 from transfuse.ops.rotary import reference
 
+feed_forward = importlib.import_module("transfuse.ops.ffn")  # the name in transfuse.ops is its function's
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (batch, length, heads, kv_heads, head_dim, rotary_dim)
 SHAPES = [(2, 3, 6, 2, 16, 16), (1, 5, 3, 1, 20, 12), (3, 1, 9, 9, 8, 8), (2, 2, 1, 5, 7, 2), (1, 2, 2, 1, 40, 40)]
@@ -160,6 +162,8 @@ def test_opcheck(backend, device):
         torch.library.opcheck(
             torch.ops.transfuse.cache_append.default, (new, new, cache.clone(), cache.clone(), starts, 1, backend)
         )
+        more = (*(t.detach() for t in (q, k, k, cos, sin)), *torch.zeros(2, 2, 1, 5, 8, device=device))
+        torch.library.opcheck(torch.ops.transfuse.rotary_append.default, (*more, starts, 1, backend))
 
 
 def test_compile(backend, device):
@@ -170,7 +174,8 @@ def test_compile(backend, device):
     def step(q, k, cos, sin, k_cache, v_cache, start):
         q, k = rotary_embedding(q, k, cos, sin, backend=backend)
         cache_append(k.transpose(1, 2), k.transpose(1, 2), k_cache, v_cache, start, backend=backend)
-        return q + k_cache.sum()
+        turned = rotary_append(q, k, k, cos, sin, k_cache, v_cache, start, backend=backend)
+        return q + turned + k_cache.sum()
 
     for start in (2, torch.tensor([1, 4], device=device)):
         caches = [k_cache.clone(), v_cache.clone()], [k_cache.clone(), v_cache.clone()]
@@ -265,21 +270,111 @@ def test_a_kernel_writes_nothing_outside_the_cache(backend, device):
     assert torch.equal(room[:, 0, :, 0].cpu(), torch.tensor([[0.0, 0, 1], [1, 0, 0], [0, 0, 0]]))
 
 
+def projected(dtype, device, to=None):
+    """q, k, v as a projection leaves them, angles, and caches of dtype ``to``."""
+    heads = torch.randn(2, 3, 9, 16, device=device).to(dtype)
+    q, k, v = heads.split((5, 2, 2), 2)
+    angles = inputs((2, 3, 1, 1, 16, 8), dtype, device)
+    caches = torch.randn(2, 8, 4, 16, device=device).to(to or dtype).transpose(1, 2).split(2, 1)
+    return {"q": q, "k": k, "v": v, "cos": angles["cos"], "sin": angles["sin"]}, caches
+
+
+def supports_both(backend, tensors, caches):
+    skip_unless(rotary._why_not_both(backend, *tensors.values(), *caches))
+
+
+@pytest.mark.parametrize("kind", ["int", "int32", "int64"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_both_at_once(dtype, kind, backend, device, poisoned):
+    tensors, caches = projected(dtype, device)
+    if kind == "int32":  # rows that 16-byte accesses do not fit
+        tensors["v"], caches = tensors["v"][..., 1:4], (caches[0], caches[1][..., 3:6])
+    supports_both(backend, tensors, caches)
+    start = 4 if kind == "int" else torch.tensor([5, 0], dtype=getattr(torch, kind), device=device)
+
+    def written(op, **tensors):
+        own = [c.to(tensors["q"], copy=True) for c in caches]
+        return op(**tensors, k_cache=own[0], v_cache=own[1], start=start), *own
+
+    size = tensors["q"].abs().max().item()
+    check(
+        lambda **kw: written(lambda **all: rotary_append(**all, backend=backend), **kw),
+        lambda **kw: written(reference.rotary_append, **kw),
+        tensors,
+        names=("q", "k_cache", "v_cache"),
+        sizes={"q": size, "k_cache": size},
+    )
+
+
+@pytest.mark.parametrize("to", DTYPES, ids=_id)
+def test_both_at_once_are_both_apart(to, backend, device):
+    tensors, caches = projected(torch.float16, device, to)
+    supports_both(backend, tensors, caches)
+    expected = [c.clone() for c in caches]
+    q, k = rotary_embedding(*(tensors[n] for n in ("q", "k", "cos", "sin")), backend=backend)
+    cache_append(k.transpose(1, 2), tensors["v"].transpose(1, 2), *expected, 5, backend=backend)
+    assert torch.equal(rotary_append(**tensors, k_cache=caches[0], v_cache=caches[1], start=5, backend=backend), q)
+    assert all(torch.equal(c, e) for c, e in zip(caches, expected, strict=True))
+
+
+def test_both_at_once_write_nothing_outside_the_cache(backend, device):
+    if backend == "torch":
+        pytest.skip("an error there")
+    tensors, caches = projected(torch.float32, device)
+    supports_both(backend, tensors, caches)
+    before = [c.clone() for c in caches]
+    starts = torch.tensor([7, -2], device=device)  # one of each row's three positions is inside
+    torch.ops.transfuse.rotary_append(*tensors.values(), *caches, starts, 0, backend)
+    for cache, old in zip(caches, before, strict=True):
+        changed = (cache != old).any(3).any(1)
+        assert changed[0].tolist() == [False] * 7 + [True]
+        assert changed[1].tolist() == [True] + [False] * 7
+
+
+@pytest.mark.parametrize("empty", ["batch", "new", "kv_heads", "head_dim"])
+def test_both_at_once_of_nothing(empty, backend, device):
+    batch, new, kv_heads, dim = (0 if n == empty else 2 for n in ("batch", "new", "kv_heads", "head_dim"))
+    q, k = torch.randn(batch, new, 4, dim, device=device), torch.randn(batch, new, kv_heads, dim, device=device)
+    angles = torch.zeros(1, new, 1, dim, device=device)
+    cache = torch.zeros(batch, kv_heads, 5, dim, device=device)
+    supports_both(backend, {"q": q, "k": k, "v": k, "cos": angles, "sin": angles}, (cache, cache))
+    out = rotary_append(q, k, k, angles, angles, cache, cache.clone(), 1, backend=backend)
+    assert out.shape == q.shape
+    assert not out.any()  # cos and sin are 0
+
+
+def test_both_at_once_are_refused(backend, device):
+    tensors, caches = projected(torch.float32, "cpu")
+    both = {**tensors, "k_cache": caches[0], "v_cache": caches[1], "start": 1}
+    for change, error, words in [
+        ({"q": tensors["q"][:1]}, ArgumentError, "rotary_append: k must have shape"),
+        ({"v": tensors["v"][:, :2]}, ArgumentError, "rotary_append: v must have shape"),
+        ({"v": tensors["v"].half()}, DtypeError, "k's dtype"),
+        ({"start": 6}, ArgumentError, "rotary_append: start must be from 0 to 5"),
+    ]:
+        with pytest.raises(error, match=words):
+            rotary_append(**{**both, **change})
+    if backend != "torch":
+        tensors["v"].requires_grad_()
+        with pytest.raises(BackendError, match="records no gradient"):
+            rotary_append(**{**both, "v": tensors["v"].requires_grad_()}, backend=backend)
+
+
 def test_a_model_and_its_cache_take_them(backend, device, monkeypatch):
     q = torch.empty(1, 1, 1, 8, device=device)
     skip_unless(rotary._why_not(backend, q, q, q))
+    skip_unless(feed_forward._why_not(backend, "ffn", q, q[0, 0], None, q[0, 0], None, None))
     config = TransformerConfig(
         "decoder", vocab_size=50, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, position="rotary"
     )
     model = Decoder(config).eval().to(device)
     tokens = torch.randint(50, (2, 4), device=device)
     calls = []
-    if backend == "triton":
-        from transfuse.ops.rotary import triton_impl
-
-        for name in ("rotary_embedding", "cache_append"):
-            kernel = getattr(triton_impl, name)
-            monkeypatch.setattr(triton_impl, name, lambda *a, n=name, f=kernel: (calls.append(n), f(*a))[1])
+    if backend != "torch":
+        kernels = rotary._implementation(backend)
+        for name in ("rotary_embedding", "cache_append", "rotary_append"):
+            kernel = getattr(kernels, name)
+            monkeypatch.setattr(kernels, name, lambda *a, n=name, f=kernel: (calls.append(n), f(*a))[1])
     with torch.no_grad():
         expected = model(tokens).logits
         calls.clear()
@@ -287,8 +382,8 @@ def test_a_model_and_its_cache_take_them(backend, device, monkeypatch):
             cache = model.new_cache(batch=2, max_length=8)
             steps = [model(part, cache=cache).logits for part in (tokens[:, :3], tokens[:, 3:])]
     torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=1e-4)
-    if backend == "triton":
-        assert calls == ["rotary_embedding", "cache_append"] * 4
+    if backend != "torch":
+        assert calls == ["rotary_append"] * 4
 
 
 def test_gradients_flow_through_a_models_cache(backend, device):

@@ -29,7 +29,7 @@ WHOLE = [
 QUICK = {
     *((case, "float16", (9, 0)) for case in ("norm", "norm_wide", "softmax_bias", "softmax_wide_bias", "ffn_gated")),
     *((case, "float16", (9, 0)) for case in ("ffn_few_rows", "attention_scores", "attention_weights", "varlen")),
-    *((case, "float16", (9, 0)) for case in ("decode", "rotary", "cache_append")),
+    *((case, "float16", (9, 0)) for case in ("decode", "rotary", "cache_append", "rotary_append")),
     *((case, "bfloat16", (8, 0)) for case in ("norm", "softmax", "ffn_gated", "attention_128", "decode")),
     *((case, "float32", (8, 0)) for case in ("attention", "norm_rms_unaligned")),
     *((case, "float32", (9, 0)) for case in ("ffn", "softmax_bias", "decode_64")),

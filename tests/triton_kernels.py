@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import transfuse
-from transfuse.ops.rotary import cache_append, rotary_embedding
+from transfuse.ops.rotary import cache_append, rotary_append, rotary_embedding
 
 Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], bool]  # function, args, kwargs, with backward
 
@@ -114,6 +114,13 @@ def append(dtype: torch.dtype) -> Call:
     return cache_append, (*new, *caches, empty(2, dtype=torch.int32, grad=False)), {}, False
 
 
+def rotary_both(dtype: torch.dtype) -> Call:
+    q, k = empty(2, 1, 32, 128, dtype=dtype, grad=False), empty(2, 1, 8, 128, dtype=dtype, grad=False)
+    cos, sin = (empty(1, 1, 1, 128, dtype=dtype, grad=False) for _ in range(2))
+    caches = [empty(2, 8, 8192, 128, dtype=dtype, grad=False) for _ in range(2)]
+    return rotary_append, (q, k, k, cos, sin, *caches, 7), {}, False
+
+
 CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "norm": functools.partial(norm, width=1024, residual=True),
     "norm_rms_unaligned": functools.partial(norm, width=1001, rms=True),
@@ -140,6 +147,7 @@ CASES: dict[str, Callable[[torch.dtype], Call]] = {
     "varlen_128": functools.partial(varlen, head_dim=128),
     "rotary": rotary,
     "cache_append": append,
+    "rotary_append": rotary_both,
     "decode": decode,
     "decode_64": functools.partial(decode, head_dim=64),
     "decode_few": functools.partial(decode, q_len=4),
@@ -237,7 +245,8 @@ product, 16-byte loads where the tensors allow.
 
 
 SHOWN = ("norm", "norm_wide", "softmax_bias", "softmax_wide_bias", "ffn", "ffn_gated", "ffn_few_rows", "rotary")
-SHOWN += ("cache_append", "decode", "attention_weights", "attention", "attention_128", "attention_scores")
+SHOWN += ("cache_append", "rotary_append", "decode", "attention_weights", "attention", "attention_128")
+SHOWN += ("attention_scores",)
 
 
 def table(dtype: str = "float16") -> Iterator[str]:

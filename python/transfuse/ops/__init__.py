@@ -12,7 +12,7 @@ from transfuse.ops.attention import (
 from transfuse.ops.causal_softmax import causal_softmax
 from transfuse.ops.ffn import ffn, linear_act
 from transfuse.ops.norm import layer_norm, rms_norm
-from transfuse.ops.rotary import cache_append, rotary_embedding
+from transfuse.ops.rotary import cache_append, rotary_append, rotary_embedding
 
 __all__ = [
     "attention",
@@ -25,6 +25,7 @@ __all__ = [
     "layer_norm",
     "linear_act",
     "rms_norm",
+    "rotary_append",
     "rotary_embedding",
     "scaled_dot_product_attention",
 ]

@@ -1,7 +1,7 @@
-"""Rotary positions of queries and keys, and the write of new keys and values into a cache: one launch each.
+"""Rotary positions of queries and keys, and the write of new keys and values into a cache: one launch each, or both.
 
-``reference`` is the specification, ``torch_impl`` the plain-PyTorch path, ``triton_impl`` the kernels; this file
-validates once, picks, calls, and registers. See docs/rotary.md.
+``reference`` is the specification, ``torch_impl`` the plain-PyTorch path, ``triton_impl`` and ``cuda_impl`` the
+kernels; this file validates once, picks, calls, and registers. See docs/rotary.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transfuse.errors import ArgumentError, DtypeError
 from transfuse.ops import _registry, _validate
 from transfuse.ops.rotary import reference, torch_impl
 
-__all__ = ["cache_append", "rotary_embedding"]
+__all__ = ["cache_append", "rotary_append", "rotary_embedding"]
 
 
 @overload
@@ -104,6 +104,57 @@ def cache_append(
         torch.ops.transfuse.cache_append(k, v, k_cache, v_cache, None, start, name)
 
 
+def rotary_append(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    start: int | torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """:func:`rotary_embedding` of new queries and keys and :func:`cache_append` of keys and values, in one launch.
+
+    Args:
+        q: (batch, new, heads, head_dim), as a projection gives them.
+        k: (batch, new, kv_heads, head_dim), likewise.
+        v: (batch, new, kv_heads, v_head_dim), in k's dtype.
+        cos, sin: (batch or 1, new, 1, rotary_dim).
+        k_cache, v_cache: (batch, kv_heads, max_length, head_dim or v_head_dim), written in place.
+        start: where the new ones go, one place or (batch,).
+        backend: see :func:`transfuse.use_backend`. The kernels record no gradient.
+
+    Returns:
+        q turned, (batch, new, heads, head_dim).
+
+    Raises:
+        ArgumentError: a shape or start is wrong. DtypeError, DeviceError, BackendError: as their names say.
+
+    >>> import torch
+    >>> cos, sin = torch.zeros(1, 1, 1, 2), torch.tensor([-1.0, 1.0]).reshape(1, 1, 1, 2)  # a quarter turn
+    >>> x, caches = torch.tensor([3.0, 4.0]).reshape(1, 1, 1, 2), torch.zeros(2, 1, 1, 2, 2)
+    >>> q = rotary_append(x, x, x, cos, sin, *caches, 1)
+    >>> caches[0].flatten().tolist(), caches[1].flatten().tolist()
+    ([0.0, 0.0, -4.0, 3.0], [0.0, 0.0, 3.0, 4.0])
+    """
+    op = "rotary_append"
+    _check_rotary(q, k, cos, sin, op)
+    _validate.floating(op, "v", v)
+    _validate.dtype(op, "v", v, (k.dtype,), "k's dtype")
+    if v.dim() != 4:
+        raise ArgumentError(f"{op}: v must have shape (batch, new, kv_heads, v_head_dim), got {tuple(v.shape)}")
+    _check_append(k.transpose(1, 2), v.transpose(1, 2), k_cache, v_cache, start, op)
+    name = choose(op, q.device, backend, lambda b: _why_not_both(b, q, k, v, cos, sin, k_cache, v_cache))
+    if name in ("torch", "reference"):
+        plain = torch_impl if name == "torch" else reference
+        return plain.rotary_append(q, k, v, cos, sin, k_cache, v_cache, start)
+    starts, place = (start, 0) if isinstance(start, torch.Tensor) else (None, start)
+    return torch.ops.transfuse.rotary_append(q, k, v, cos, sin, k_cache, v_cache, starts, place, name)
+
+
 def rotate_heads(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """:func:`rotary_embedding` of one tensor for a layer, which knows its shapes: its checks cost a CPU too much."""
     if _plainly(x):
@@ -119,13 +170,19 @@ def write_new(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: 
         cache_append(k, v, k_cache, v_cache, start)
 
 
+def in_one(x: torch.Tensor) -> bool:
+    """Whether a layer with a cache should call :func:`rotary_append`: a kernel may run, and no gradient is recorded."""
+    return not (_plainly(x) or (torch.is_grad_enabled() and x.requires_grad))
+
+
 def _plainly(x: torch.Tensor) -> bool:
     """Whether PyTorch is what choose() would give, known without asking."""
     return x.is_cpu and forced() is None
 
 
-def _check_rotary(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    op = "rotary_embedding"
+def _check_rotary(
+    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, op: str = "rotary_embedding"
+) -> None:
     _validate.floating(op, "q", q)
     if q.dim() != 4:
         raise ArgumentError(f"{op}: q must have shape (batch, length, heads, head_dim), got {tuple(q.shape)}")
@@ -151,9 +208,13 @@ def _check_rotary(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, si
 
 
 def _check_append(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: int | torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    start: int | torch.Tensor,
+    op: str = "cache_append",
 ) -> None:
-    op = "cache_append"
     for name, t in (("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         _validate.floating(op, name, t)
         _validate.same_device(op, name, t, k, "k")
@@ -185,14 +246,16 @@ def _implementation(backend: str) -> ModuleType:
         from transfuse.ops.rotary import triton_impl
 
         return triton_impl
+    if backend == "cuda":
+        from transfuse.ops.rotary import cuda_impl
+
+        return cuda_impl
     return torch_impl
 
 
 def _why_not(backend: str, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
     if backend in ("torch", "reference"):
         return None
-    if backend == "cuda":
-        return "there is no cuda kernel for rotary_embedding (use backend='torch')"
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return "the kernel has no gradient for cos and sin (detach them, or use backend='torch')"
     reason: str | None = _implementation(backend).why_not("rotary_embedding", q, cos)
@@ -202,11 +265,18 @@ def _why_not(backend: str, q: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 def _why_not_append(backend: str, *tensors: torch.Tensor) -> str | None:
     if backend in ("torch", "reference"):
         return None
-    if backend == "cuda":
-        return "there is no cuda kernel for cache_append (use backend='torch')"
     if torch.is_grad_enabled() and (tensors[0].requires_grad or tensors[1].requires_grad):
         return "the kernel records no gradient of k and v (use torch.no_grad() or backend='torch')"
     reason: str | None = _implementation(backend).why_not("cache_append", *tensors)
+    return reason
+
+
+def _why_not_both(backend: str, *tensors: torch.Tensor) -> str | None:
+    if backend in ("torch", "reference"):
+        return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "the kernel records no gradient (use torch.no_grad() or backend='torch')"
+    reason: str | None = _implementation(backend).why_not("rotary_append", *tensors)
     return reason
 
 
@@ -214,7 +284,7 @@ def _why_not_append(backend: str, *tensors: torch.Tensor) -> str | None:
 
 
 def _rotary(q, k, cos, sin, inverse, backend):  # type: ignore[no-untyped-def]
-    if backend == "triton":
+    if backend in ("cuda", "triton"):
         turned_q, turned_k = _implementation(backend).rotary_embedding(q, k, cos, sin, inverse)
     else:
         turned_q, turned_k = torch_impl.rotary_embedding(q, k, cos, torch_impl.transposed(sin) if inverse else sin)
@@ -250,6 +320,18 @@ def _append_fake(k, v, k_cache, v_cache, starts, start, backend):  # type: ignor
     return None
 
 
+# --- transfuse::rotary_append ---------------------------------------------------------------------------------------
+
+
+def _both(q, k, v, cos, sin, k_cache, v_cache, starts, start, backend):  # type: ignore[no-untyped-def]
+    place = start if starts is None else starts
+    return _implementation(backend).rotary_append(q, k, v, cos, sin, k_cache, v_cache, place).contiguous()
+
+
+def _both_fake(q, k, v, cos, sin, k_cache, v_cache, starts, start, backend):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape)
+
+
 _registry.define(
     "rotary_embedding",
     "(Tensor q, Tensor? k, Tensor cos, Tensor sin, bool inverse, str backend) -> (Tensor, Tensor)",
@@ -262,4 +344,11 @@ _registry.define(
     "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? starts, SymInt start, str backend) -> ()",
     _append,
     _append_fake,
+)
+_registry.define(
+    "rotary_append",
+    "(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? starts,"
+    " SymInt start, str backend) -> Tensor",
+    _both,
+    _both_fake,
 )

@@ -47,3 +47,18 @@ def cache_append(
             if 0 <= first + i < k_cache.shape[2]:
                 k_cache[b, :, first + i] = k[b, :, i]
                 v_cache[b, :, first + i] = v[b, :, i]
+
+
+def rotary_append(
+    q: torch.Tensor,  # (batch, new, heads, head_dim)
+    k: torch.Tensor,  # (batch, new, kv_heads, head_dim)
+    v: torch.Tensor,  # (batch, new, kv_heads, v_head_dim)
+    cos: torch.Tensor,  # (batch|1, new, 1, rotary_dim)
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,  # (batch, kv_heads, max_length, head_dim), written
+    v_cache: torch.Tensor,  # (batch, kv_heads, max_length, v_head_dim), written
+    start: int | torch.Tensor,
+) -> torch.Tensor:
+    """q turned; k turned and v behind ``start``."""
+    cache_append(_turned(k, cos, sin).transpose(1, 2), v.transpose(1, 2), k_cache, v_cache, start)
+    return _turned(q, cos, sin)

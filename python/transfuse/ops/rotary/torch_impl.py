@@ -50,6 +50,23 @@ def cache_append(
     v_cache[row, :, position] = v.transpose(1, 2).to(v_cache.dtype)
 
 
+def rotary_append(
+    q: torch.Tensor,  # (batch, new, heads, head_dim)
+    k: torch.Tensor,  # (batch, new, kv_heads, head_dim)
+    v: torch.Tensor,  # (batch, new, kv_heads, v_head_dim)
+    cos: torch.Tensor,  # (batch|1, new, 1, rotary_dim)
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,  # (batch, kv_heads, max_length, head_dim), written
+    v_cache: torch.Tensor,  # (batch, kv_heads, max_length, v_head_dim), written
+    start: int | torch.Tensor,  # or (batch,)
+) -> torch.Tensor:
+    """q turned; k turned and v behind ``start``."""
+    turned_q, turned_k = rotary_embedding(q, k, cos, sin)
+    assert turned_k is not None
+    cache_append(turned_k.transpose(1, 2), v.transpose(1, 2), k_cache, v_cache, start)
+    return turned_q
+
+
 def write_at(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: int) -> None:
     """:func:`cache_append` at one place."""
     stop = start + k.shape[2]
