@@ -11,6 +11,7 @@ from torch import nn
 from transfuse.models.cache import LayerKeyValues
 from transfuse.models.config import TransformerConfig
 from transfuse.nn import Attention, FeedForward, LayerNorm, RMSNorm
+from transfuse.ops import rms_norm
 
 
 @dataclass
@@ -93,6 +94,7 @@ class Block(nn.Module):
             gated=c.gated,
             bias=c.ffn_bias,
             dropout=c.ffn_dropout,
+            wide=c.wide_residual,
             device=device,
             dtype=dtype,
         )
@@ -151,12 +153,25 @@ class Block(nn.Module):
 def add_norm(
     norm: LayerNorm | RMSNorm, x: torch.Tensor, stream: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm(x + stream), x + stream); without a stream x is the stream."""
+    """(norm(x + stream), x + stream); without a stream x is the stream.
+
+    An fp32 stream of fp16 weights (``wide_residual``) is normalised in fp32, and the result is fp16 again.
+    """
+    widest = x if stream is None else stream
+    if isinstance(norm, RMSNorm) and (norm.weight.dtype, widest.dtype) == (torch.float16, torch.float32):
+        return _norm_wide(norm, x.float(), stream)
     if stream is None:
         return norm(x), x
     if x.dtype != stream.dtype:  # under autocast sublayers give low precision and the stream is fp32
         x = x.to(stream.dtype)
     return norm(x, residual=stream)
+
+
+def _norm_wide(norm: RMSNorm, x: torch.Tensor, stream: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    assert norm.eps is not None
+    weight, eps = norm.weight.float(), norm.eps
+    normed, total = (rms_norm(x, weight, eps), x) if stream is None else rms_norm(x, weight, eps, stream)
+    return normed.to(norm.weight.dtype), total
 
 
 def _attention(
@@ -173,7 +188,7 @@ def _attention(
         c.hidden_size,
         c.num_decoder_heads if second else c.num_heads,
         num_kv_heads=c.num_decoder_kv_heads if second else c.num_kv_heads,
-        head_dim=c.head_dim,
+        head_dim=c.decoder_head_dim if second else c.head_dim,
         cross=cross,
         causal=causal,
         window=window,

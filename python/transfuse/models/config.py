@@ -38,6 +38,7 @@ _MAXIMA = {
     "num_kv_heads": 4096,
     "num_decoder_heads": 4096,
     "head_dim": 2**14,
+    "decoder_head_dim": 2**14,
     "intermediate_size": 2**22,
     "decoder_intermediate_size": 2**22,
     "max_positions": 2**31,
@@ -51,6 +52,7 @@ _MAXIMA = {
 _DECODER_TWINS = {
     "num_decoder_layers": "num_layers",
     "num_decoder_heads": "num_heads",
+    "decoder_head_dim": "head_dim",
     "decoder_intermediate_size": "intermediate_size",
     "decoder_vocab_size": "vocab_size",
 }
@@ -98,6 +100,7 @@ class TransformerConfig:
     intermediate_size: int = 0  # 0: 4 * hidden_size
     num_decoder_layers: int = 0  # encoder_decoder, 0: num_layers
     num_decoder_heads: int = 0  # encoder_decoder, 0: num_heads
+    decoder_head_dim: int = 0  # encoder_decoder, 0: head_dim
     decoder_intermediate_size: int = 0  # encoder_decoder, 0: intermediate_size
     decoder_vocab_size: int = 0  # encoder_decoder, 0: vocab_size
 
@@ -112,6 +115,7 @@ class TransformerConfig:
     qkv_bias: bool = True
     out_bias: bool = True
     ffn_bias: bool = True
+    wide_residual: bool = False  # in fp16: the stream, and what the FFN adds to it, in fp32 (T5's pass 65504)
 
     # attention
     attention_scale: float | None = None  # None: 1 / sqrt(head_dim); T5 and GPT-Neo: 1.0
@@ -192,8 +196,8 @@ class TransformerConfig:
         c, d = self, self.hidden_size
         norm = d * (1 + (c.norm == "layer" and c.norm_bias))
 
-        def stack(layers: int, heads: int, kv_heads: int, inner: int, vocab: int, cross: bool) -> int:
-            q, kv = heads * c.head_dim, kv_heads * c.head_dim
+        def stack(layers: int, heads: int, kv_heads: int, dim: int, inner: int, vocab: int, cross: bool) -> int:
+            q, kv = heads * dim, kv_heads * dim
             attention = d * (2 * q + 2 * kv) + c.qkv_bias * (q + 2 * kv) + c.out_bias * d
             ffn = (2 + c.gated) * d * inner + c.ffn_bias * ((1 + c.gated) * inner + d)
             block = (1 + cross) * attention + ffn + (2 + cross) * norm
@@ -202,11 +206,12 @@ class TransformerConfig:
             relative = c.relative_buckets * heads if c.position == "relative" else 0
             return layers * block + embedding + relative + c.final_norm * norm
 
-        total = stack(c.num_layers, c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, False)
+        heads = (c.num_heads, c.num_kv_heads, c.head_dim)
+        total = stack(c.num_layers, *heads, c.intermediate_size, c.vocab_size, False)
         total += (d * d + d) if c.pooler else 0
         if c.is_encoder_decoder:
             vocab = 0 if c.share_embeddings else c.decoder_vocab_size
-            heads = (c.num_decoder_heads, c.num_decoder_kv_heads)
+            heads = (c.num_decoder_heads, c.num_decoder_kv_heads, c.decoder_head_dim)
             total += stack(c.num_decoder_layers, *heads, c.decoder_intermediate_size, vocab, True)
         if c.architecture != "encoder":
             total += (0 if c.tie_embeddings else c.decoder_vocab_size * d) + c.lm_head_bias * c.decoder_vocab_size
@@ -313,10 +318,9 @@ class TransformerConfig:
         for heads, kv_heads in ((self.num_heads, self.num_kv_heads), decoder):
             if heads % kv_heads:
                 raise ConfigError(f"config: num_heads must be a multiple of num_kv_heads, got {heads} and {kv_heads}")
-        if self.position == "rotary" and (self.rotary_dim % 2 or self.rotary_dim > self.head_dim):
-            raise ConfigError(
-                f"config: rotary_dim must be even and at most head_dim ({self.head_dim}), got {self.rotary_dim}"
-            )
+        most = min(self.head_dim, self.decoder_head_dim)
+        if self.position == "rotary" and (self.rotary_dim % 2 or self.rotary_dim > most):
+            raise ConfigError(f"config: rotary_dim must be even and at most head_dim ({most}), got {self.rotary_dim}")
         if self.position == "sinusoidal" and self.hidden_size % 2:
             raise ConfigError(f"config: sinusoidal positions need an even hidden_size, got {self.hidden_size}")
         if self.position == "relative" and (self.relative_buckets % 4 or self.relative_buckets < 4):
@@ -326,6 +330,8 @@ class TransformerConfig:
                 f"config: relative_max_distance must exceed relative_buckets / 2 ({self.relative_buckets // 2}), "
                 f"got {self.relative_max_distance}"
             )
+        if self.wide_residual and (self.norm, self.norm_placement, self.final_norm) != ("rms", "pre", True):
+            raise ConfigError("config: wide_residual needs norm 'rms', norm_placement 'pre' and final_norm")
         if "local" in self.layer_pattern and self.window is None:
             raise ConfigError("config: layer_pattern has local layers, which need window; give its number of keys")
         if self.token_types_are_tokens and self.type_vocab_size:

@@ -133,13 +133,17 @@ class DecoderBody(Stack):
             return
         if not isinstance(cache, KVCache):
             raise ArgumentError(f"cache: expected what the model's new_cache() gives, got {type(cache).__name__}")
-        c = self.config
-        needed = (len(self.layers), c.num_decoder_kv_heads if c.is_encoder_decoder else c.num_kv_heads, c.head_dim)
+        needed = (len(self.layers), *self._kv_shape())
         if cache.layout != needed:
             raise ArgumentError(
                 f"cache: made for (layers, kv_heads, head_dim) = {cache.layout}, this model has {needed}; use its "
                 "own new_cache()"
             )
+
+    def _kv_shape(self) -> tuple[int, int]:
+        """Key/value heads and their size."""
+        c = self.config
+        return (c.num_decoder_kv_heads, c.decoder_head_dim) if c.is_encoder_decoder else (c.num_kv_heads, c.head_dim)
 
     def new_cache(
         self,
@@ -149,13 +153,13 @@ class DecoderBody(Stack):
         device: torch.device | str | None = None,
     ) -> KVCache:
         """An empty cache for ``batch`` rows of at most ``max_length`` tokens, by default where the parameters are."""
-        c = self.config
+        kv_heads, head_dim = self._kv_shape()
         return KVCache(
             len(self.layers),
             batch,
-            c.num_decoder_kv_heads if c.is_encoder_decoder else c.num_kv_heads,
+            kv_heads,
             max_length,
-            c.head_dim,
+            head_dim,
             self.dtype if dtype is None else dtype,
             self.device if device is None else device,
         )

@@ -68,6 +68,8 @@ class Stack(TransformerModel):
             tokens = cache.remember_mask(tokens, new)
         positions, limit = self._positions(input_ids, position_ids, tokens, past)
         x = self.embeddings(input_ids, positions, limit, token_type_ids)
+        if self.config.wide_residual and x.dtype == torch.float16:
+            x = x.float()
         inputs.mask = None if tokens is None else tokens[:, None, None, :]
         if self.rotary is not None:
             assert positions is not None
