@@ -105,7 +105,8 @@ def _open_shards(folder: Path) -> SafetensorsSource:
     files = {shard: _shard_path(folder, shard) for shard in sorted(set(weight_map.values()))}
     if absent := [shard for shard, file in files.items() if not file.is_file()]:
         raise CheckpointError(
-            f"{index}: {len(absent)} of {len(files)} shards are missing: {some(absent)}; download the checkpoint again"
+            f"{index}: {len(absent)} of {len(files)} shards are missing: {some(absent)}"
+            f"{half_downloaded(folder)}; download the checkpoint again"
         )
     source = SafetensorsSource(index, list(files.values()))
     wrong = [name for name, shard in weight_map.items() if source._file_of.get(name) != files[shard]]
@@ -137,7 +138,16 @@ def _no_weights(folder: Path) -> CheckpointError:
         return CheckpointError(f"{expected}, found {some(ggufs)}; pass the path of the .gguf file itself")
     if others := [name for name in names if name.endswith(".safetensors")]:
         return CheckpointError(f"{expected}, found {some(others)}; rename a single file to {WEIGHTS}")
-    return CheckpointError(f"{expected}, found neither; pass the folder that holds the weights and config.json")
+    return CheckpointError(
+        f"{expected}, found neither{half_downloaded(folder)}; pass the folder that holds the weights and config.json"
+    )
+
+
+def half_downloaded(folder: Path) -> str:
+    """What to add to an error about a missing file: that a download into the folder was not finished, if it was not."""
+    places = (folder, folder / ".cache" / "huggingface" / "download")
+    parts = sorted(path.name for place in places if place.is_dir() for path in place.glob("*.incomplete"))
+    return f" ({some(parts, 3)}: a download was cut off; start it again)" if parts else ""
 
 
 PICKLE_REMEDY = (

@@ -90,22 +90,15 @@ def _byte_level(path: Path, meta: dict[str, Any], tokens: list[str], split: str)
 
 
 def _sentencepiece(path: Path, meta: dict[str, Any], tokens: list[str]) -> Backend:
-    """SentencePiece keeps a score for each piece in place of merges: two neighbours join if the piece they make has the
-    best score. As merges: every way to split a piece in two pieces, by falling score of the whole."""
     scores = meta.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise CheckpointError(f"{path}: the tokenizer's scores are missing or not one for each token")
-    ids = {token: i for i, token in enumerate(tokens)}
-    merges = [
-        (-scores[i], ids[token[:cut]], ids[token[cut:]])
-        for token, i in ids.items()
-        for cut in range(1, len(token))
-        if token[:cut] in ids and token[cut:] in ids
-    ]
-    ordered = [(tokens[left], tokens[right]) for _, left, right in sorted(merges)]
     unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
     unknown_token = tokens[unknown] if isinstance(unknown, int) and 0 <= unknown < len(tokens) else None
-    backend = Backend(models.BPE(ids, ordered, unk_token=unknown_token, fuse_unk=True, byte_fallback=True))
+    ids = {token: i for i, token in enumerate(tokens)}
+    backend = Backend(
+        models.BPE(ids, merges_by_score(tokens, scores), unk_token=unknown_token, fuse_unk=True, byte_fallback=True)
+    )
     steps: list[Any] = [normalizers.Replace(" ", "▁")]
     undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if meta.get("tokenizer.ggml.add_space_prefix", True) is not False:
@@ -114,6 +107,19 @@ def _sentencepiece(path: Path, meta: dict[str, Any], tokens: list[str]) -> Backe
     backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(undo)
     return backend
+
+
+def merges_by_score(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """SentencePiece keeps a score for each piece in place of merges: two neighbours join if the piece they make has the
+    best score. As merges: every way to split a piece in two pieces, by falling score of the whole."""
+    ids = {token: i for i, token in enumerate(tokens)}
+    merges = [
+        (-scores[i], ids[token[:cut]], ids[token[cut:]])
+        for token, i in ids.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    return [(tokens[left], tokens[right]) for _, left, right in sorted(merges)]
 
 
 def _special_tokens(meta: dict[str, Any], tokens: list[str]) -> dict[str, str]:

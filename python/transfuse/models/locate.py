@@ -24,6 +24,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "vocab.json",
     "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
 )
 _MODEL_FILES = ("config.json", "generation_config.json", INDEX, WEIGHTS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -90,7 +95,8 @@ def _missing_shards(folder: Path) -> list[str]:
 
 
 def _tokenizer_is_complete(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt", "merges.txt"))
+    whole = ("tokenizer.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "target.spm")
+    return any((folder / name).is_file() for name in whole)
 
 
 def _from_hub(model: str, revision: str | None, files: tuple[str, ...], complete: Callable[[Path], bool]) -> Path:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from transfuse.errors import ArgumentError, CheckpointError, MissingDependencyError
+from transfuse.errors import ArgumentError, CheckpointError
+from transfuse.models.chat import render as render_chat
 from transfuse.models.placement import usable_device
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
 
 _encoding_lock = threading.Lock()
@@ -55,27 +56,54 @@ class Tokenizer:
 
     ``backend`` must not pad or truncate by itself; both are asked for per call.
 
+    Args:
+        backend: the vocabulary: it knows the model's ids, and makes text of them again.
+        settings: what stands beside the vocabulary.
+        cutter: cuts text into the backend's tokens, where another file than the vocabulary says how (Marian); None: the
+            backend does that too.
+        target: see :attr:`target`.
+        files: name -> content of the files that it came from, where ``tokenizer.json`` cannot say what they say.
+
+    Raises:
+        CheckpointError: the settings are impossible.
+
     >>> from tokenizers import Tokenizer as Backend, models, pre_tokenizers
     >>> backend = Backend(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "hello": 2, "world": 3}, unk_token="[UNK]"))
     >>> backend.pre_tokenizer = pre_tokenizers.Whitespace()
     >>> tokenizer = Tokenizer(backend, TokenizerSettings({"pad": "[PAD]", "unk": "[UNK]"}))
-    >>> tokenizer.encode("hello there")
-    [2, 1]
+    >>> tokenizer.encode("hello there"), tokenizer.tokens([2, 1])
+    ([2, 1], ['hello', '[UNK]'])
     >>> batch = tokenizer(["hello world", "world"])
     >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
     ([[2, 3], [3, 0]], [[1, 1], [1, 0]])
     """
 
-    def __init__(self, backend: Backend, settings: TokenizerSettings | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        settings: TokenizerSettings | None = None,
+        *,
+        cutter: Backend | None = None,
+        target: Tokenizer | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
         self.backend = backend
         self.settings = settings or TokenizerSettings()
         if self.settings.padding_side not in ("left", "right"):
             raise CheckpointError(f"tokenizer: padding_side must be left or right, got {self.settings.padding_side!r}")
-        backend.no_padding()
-        backend.no_truncation()
+        self._cutter = backend if cutter is None else cutter
+        self._cutter.no_padding()
+        self._cutter.no_truncation()
+        self._target = target
+        self._files = files
         self._ids = {role: backend.token_to_id(token) for role, token in self.settings.special.items()}
         # A vocabulary without a padding token can still be padded: the mask hides what is there.
         self.pad_token_id = next((i for r in ("pad", "eos") if (i := self._ids.get(r)) is not None), 0)
+
+    @property
+    def target(self) -> Tokenizer:
+        """What encodes the text that the model is to write: another one in Marian, where each language has its own."""
+        return self if self._target is None else self._target
 
     @property
     def bos_token_id(self) -> int | None:
@@ -117,7 +145,19 @@ class Tokenizer:
         for given in (text,) if pair is None else (text, pair):
             _check_text("tokenizer: text", given)
         with _encoding():
-            return list(self.backend.encode(text, pair, add_special_tokens=add_special_tokens).ids)
+            return self.ids_of(self._cutter.encode(text, pair, add_special_tokens=add_special_tokens))
+
+    def ids_of(self, encoding: Encoding) -> list[int]:
+        """The model's ids in what :meth:`windows` gives."""
+        if self._cutter is self.backend:
+            return list(encoding.ids)
+        found = (self.backend.token_to_id(token) for token in encoding.tokens)
+        return [(self.unk_token_id or 0) if i is None else i for i in found]
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary's own name of each id, such as ``##ing`` or ``▁the``; an id that it lacks is ``<id 7>``."""
+        names = (self.backend.id_to_token(int(i)) for i in ids)
+        return [f"<id {i}>" if name is None else name for i, name in zip(ids, names, strict=True)]
 
     def decode(self, ids: Sequence[int] | torch.Tensor, *, skip_special_tokens: bool = True) -> str:
         """The text of a sequence of ids: a list, or a 1-D integer tensor. Unknown ids give nothing."""
@@ -125,7 +165,7 @@ class Tokenizer:
             values = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
             if any(isinstance(value, list) for value in values):
                 raise ArgumentError("decode: expected one sequence of ids, got several; use batch_decode")
-            return str(self.backend.decode(values, skip_special_tokens=skip_special_tokens))
+            return str(self.target.backend.decode(values, skip_special_tokens=skip_special_tokens))
         except (TypeError, OverflowError) as error:
             raise ArgumentError(f"decode: expected a sequence of token ids, got {repr(ids)[:80]} ({error})") from error
 
@@ -165,18 +205,72 @@ class Tokenizer:
         Raises:
             ArgumentError: the arguments do not fit together.
         """
+        windows = self.windows(texts, pairs, max_length=max_length, add_special_tokens=add_special_tokens)
+        encodings = [found[0] for found in windows]
+        return self.pad(encodings, padding_side=padding_side, pad_to_multiple_of=pad_to_multiple_of, device=device)
+
+    def windows(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        stride: int | None = None,
+        add_special_tokens: bool = True,
+    ) -> list[list[Encoding]]:
+        """Encode texts without padding; a text that is too long gives several overlapping windows.
+
+        Args:
+            texts, pairs, add_special_tokens: as for a call.
+            max_length: tokens of a window at most, special ones included; None: a text is one window.
+            stride: tokens that neighbouring windows of a text share; of a pair only the second text is then cut.
+                None: the first window is all that is wanted.
+
+        Returns:
+            for each text its windows, encodings of the ``tokenizers`` library (``offsets``, ``special_tokens_mask``,
+            ``word_ids``, ``sequence_ids``); :meth:`ids_of` gives their ids, :meth:`pad` makes a batch of them.
+
+        Raises:
+            ArgumentError: the arguments do not fit together.
+        """
         texts = as_texts("tokenizer: texts", texts)
         pairs = None if pairs is None else as_texts("tokenizer: pairs", pairs)
+        if pairs is not None and len(pairs) != len(texts):
+            raise ArgumentError(f"tokenizer: expected one pair per text, got {len(texts)} texts and {len(pairs)} pairs")
+        inputs: list[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
+        if max_length is None:
+            with _encoding():
+                return [[e] for e in self._cutter.encode_batch(inputs, add_special_tokens=add_special_tokens)]
+        extra = self._cutter.num_special_tokens_to_add(pairs is not None) if add_special_tokens else 0
+        least = 1 + extra
+        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < least:
+            raise ArgumentError(f"tokenizer: max_length must be a whole number of at least {least}, got {max_length!r}")
+        if stride is not None and not 0 <= stride < max_length - extra:
+            raise ArgumentError(f"tokenizer: stride must be from 0 to {max_length - extra - 1}, got {stride!r}")
+        strategy = "only_second" if pairs is not None and stride is not None else "longest_first"
+        with _encoding():
+            self._cutter.enable_truncation(max_length, stride=stride or 0, strategy=strategy)
+            try:
+                found = self._cutter.encode_batch(inputs, add_special_tokens=add_special_tokens)
+            finally:
+                self._cutter.no_truncation()
+        return [[e] if stride is None else [e, *e.overflowing] for e in found]
+
+    def pad(
+        self,
+        encodings: Sequence[Encoding],
+        *,
+        padding_side: str | None = None,
+        pad_to_multiple_of: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """One batch of what :meth:`windows` gives; arguments and result as of a call."""
         where = None if device is None else usable_device(device)
         side = padding_side or self.settings.padding_side
         if side not in ("left", "right"):
             raise ArgumentError(f"tokenizer: padding_side must be 'left' or 'right', got {side!r}")
-        if pairs is not None and len(pairs) != len(texts):
-            raise ArgumentError(f"tokenizer: expected one pair per text, got {len(texts)} texts and {len(pairs)} pairs")
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ArgumentError(f"tokenizer: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
-        inputs: list[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
-        encodings = self._encode_batch(inputs, max_length, add_special_tokens)
         length = max((len(encoding.ids) for encoding in encodings), default=0)
         if pad_to_multiple_of:
             length = -(-length // pad_to_multiple_of) * pad_to_multiple_of
@@ -188,27 +282,12 @@ class Tokenizer:
             return out if where is None else out.to(where)
 
         batch = {
-            "input_ids": table([e.ids for e in encodings], self.pad_token_id),
+            "input_ids": table([self.ids_of(e) for e in encodings], self.pad_token_id),
             "attention_mask": table([[1] * len(e.ids) for e in encodings], 0),
         }
         if self.settings.token_types:
             batch["token_type_ids"] = table([e.type_ids for e in encodings], 0)
         return batch
-
-    def _encode_batch(self, inputs: list[Any], max_length: int | None, add_special_tokens: bool) -> list[Any]:
-        if max_length is None:
-            with _encoding():
-                return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
-        pair = bool(inputs) and isinstance(inputs[0], tuple)
-        least = 1 + (self.backend.num_special_tokens_to_add(pair) if add_special_tokens else 0)
-        if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < least:
-            raise ArgumentError(f"tokenizer: max_length must be a whole number of at least {least}, got {max_length!r}")
-        with _encoding():
-            self.backend.enable_truncation(max_length)
-            try:
-                return list(self.backend.encode_batch(inputs, add_special_tokens=add_special_tokens))
-            finally:
-                self.backend.no_truncation()
 
     def stream(self, *, skip_special_tokens: bool = True) -> StreamDecoder:
         """A fresh incremental decoder: ``put`` each new id, print what it returns, ``end`` for the rest."""
@@ -227,14 +306,15 @@ class Tokenizer:
         """
         if self.settings.chat_template is None:
             raise CheckpointError("this tokenizer has no chat template; encode the prompt's text directly")
-        return _render(self.settings.chat_template, list(messages), add_generation_prompt, self.settings.special)
+        return render_chat(self.settings.chat_template, list(messages), add_generation_prompt, self.settings.special)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""
+        """Write ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too; Marian's own files."""
         folder = Path(folder)
         settings = self.settings
         config: dict[str, Any] = {f"{role}_token": token for role, token in settings.special.items()}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": settings.padding_side}
+        kind = "PreTrainedTokenizerFast" if self._files is None else "MarianTokenizer"
+        config |= {"tokenizer_class": kind, "padding_side": settings.padding_side}
         config["model_input_names"] = ["input_ids", "attention_mask", *["token_type_ids"] * settings.token_types]
         if settings.max_length is not None:
             config["model_max_length"] = settings.max_length
@@ -242,7 +322,10 @@ class Tokenizer:
             config["chat_template"] = settings.chat_template
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.backend.save(str(folder / "tokenizer.json"))
+            if self._files is None:
+                self.backend.save(str(folder / "tokenizer.json"))
+            for name, content in (self._files or {}).items():
+                (folder / name).write_bytes(content)
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
             (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         except OSError as error:
@@ -331,33 +414,3 @@ class StreamDecoder:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
-
-
-def _render(template: str, messages: list[Any], add_generation_prompt: bool, special: dict[str, str]) -> str:
-    """Run a chat template, which comes with a checkpoint and is not trusted, in jinja's sandbox."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise MissingDependencyError("chat templates need the package jinja2: pip install jinja2") from error
-
-    def refuse(message: str) -> None:
-        raise ArgumentError(f"chat template: {message}")
-
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    tokens = {f"{role}_token": token for role, token in special.items()}
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **tokens
-        )
-    except (TemplateError, TypeError, KeyError, AttributeError, ValueError, OverflowError, RecursionError) as error:
-        if isinstance(error, ArgumentError):
-            raise
-        raise CheckpointError(f"chat template: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""Builds a Tokenizer from a checkpoint's files: tokenizer.json, vocab.txt, vocab.json with merges.txt, or GGUF."""
+"""Builds a Tokenizer from a checkpoint's files: tokenizer.json, WordPiece, byte-level BPE, SentencePiece, GGUF."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from transfuse.errors import CheckpointError
-from transfuse.models.checkpoint import read_json
+from transfuse.models.checkpoint import half_downloaded, read_json
 from transfuse.models.gguf_tokenizer import pairs_of, read_gguf_tokenizer
 from transfuse.models.locate import locate_tokenizer
+from transfuse.models.spm import backend_of, read_spm, spaces_back
 from transfuse.models.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerSettings
 
 # Names that checkpoints without a special_tokens_map use.
@@ -30,8 +31,9 @@ _USUAL = {
 def load_tokenizer(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint: the same places as ``from_pretrained``.
 
-    ``tokenizer.json`` is read where there is one, else ``vocab.txt`` (WordPiece) or ``vocab.json`` with ``merges.txt``
-    (byte-level BPE), else what a ``.gguf`` file holds.
+    ``tokenizer.json`` is read where there is one, else ``vocab.txt`` (WordPiece), ``vocab.json`` with ``merges.txt``
+    (byte-level BPE), ``vocab.json`` with ``source.spm`` and ``target.spm`` (Marian), ``spiece.model`` (T5) or
+    ``tokenizer.model`` (Llama), else what a ``.gguf`` file holds.
 
     Args:
         path_or_id: a folder, a ``.gguf`` file, a short name or a hub id.
@@ -61,6 +63,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     config = _optional_json(path / "tokenizer_config.json")
     special_map = _optional_json(path / "special_tokens_map.json")
     try:
+        if (path / "source.spm").is_file() and not (path / "tokenizer.json").is_file():
+            return _marian(path, config, special_map)
         backend = _backend(path, config)
     except CheckpointError:
         raise
@@ -77,12 +81,76 @@ def _backend(folder: Path, config: dict[str, Any]) -> Backend:
         return _wordpiece(folder / "vocab.txt", config)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _byte_level_bpe(folder, config)
-    if found := [n for n in ("tokenizer.model", "spiece.model", "source.spm") if (folder / n).is_file()]:
-        raise CheckpointError(
-            f"{folder}: {found[0]} is a SentencePiece model, which is not read; write a tokenizer.json with "
-            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
-        )
-    raise CheckpointError(f"{folder}: expected tokenizer.json, vocab.txt, or vocab.json with merges.txt; found none")
+    if (folder / "spiece.model").is_file():
+        return _t5(folder / "spiece.model", config)
+    if (folder / "tokenizer.model").is_file():
+        return _llama(folder / "tokenizer.model", config)
+    raise CheckpointError(
+        f"{folder}: expected tokenizer.json, vocab.txt, vocab.json with merges.txt, vocab.json with source.spm and "
+        f"target.spm, spiece.model or tokenizer.model; found none{half_downloaded(folder)}"
+    )
+
+
+def _t5(file: Path, config: dict[str, Any]) -> Backend:
+    """T5's tokenizer: </s> after every text; the sentinels <extra_id_0>, ... are the last ids, counted backwards."""
+    model = read_spm(file)
+    names = {name for name, _, _ in model.pieces}
+    if "</s>" not in names or names & {"[CLS]", "<cls>"}:
+        raise CheckpointError(f"{file}: is not T5's; write a tokenizer.json with transformers' AutoTokenizer")
+    backend = backend_of(model, file)
+    count = config.get("extra_ids", 100)
+    sentinels = [f"<extra_id_{i}>" for i in range(count if isinstance(count, int) else 100)]
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in reversed(sentinels)])
+    backend.post_processor = _around(backend, last="</s>")
+    return backend
+
+
+def _llama(file: Path, config: dict[str, Any]) -> Backend:
+    """Llama's tokenizer: <s> before a text, and </s> after it where the configuration says so."""
+    backend = backend_of(read_spm(file), file)
+    first = "<s>" if config.get("add_bos_token", True) else None
+    backend.post_processor = _around(backend, first, "</s>" if config.get("add_eos_token", False) else None)
+    return backend
+
+
+def _around(backend: Backend, first: str | None = None, last: str | None = None) -> Any:
+    """The step that puts a token before and one after a text, and around each of a pair."""
+    single = [name for name in (first, "$A", last) if name is not None]
+    pair = single + [name for name in (first, "$B", last) if name is not None]
+    ids = {name: backend.token_to_id(name) for name in (first, last) if name is not None}
+    if absent := [name for name, i in ids.items() if i is None]:
+        raise CheckpointError(f"tokenizer: the vocabulary lacks {', '.join(absent)}")
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(ids.items()))
+
+
+def _marian(folder: Path, config: dict[str, Any], special_map: dict[str, Any]) -> Tokenizer:
+    """Marian's two tokenizers: SentencePiece models cut the text, vocab.json has the ids; each language has its own.
+
+    The target's ids are in the same vocab.json, or in a target_vocab.json. What the model writes is the target's, so
+    the source's tokenizer decodes by it.
+    """
+    names = [n for n in ("source.spm", "target.spm", "vocab.json", "target_vocab.json") if (folder / n).is_file()]
+    if absent := {"source.spm", "target.spm", "vocab.json"} - set(names):
+        raise CheckpointError(f"{folder}: lacks {', '.join(sorted(absent))}, which a Marian tokenizer needs")
+    source = read_json(folder / "vocab.json")
+    target = read_json(folder / "target_vocab.json") if "target_vocab.json" in names else source
+    files = {name: (folder / name).read_bytes() for name in names}
+
+    def tokenizer(vocab: dict[str, Any], spm: str, written: Tokenizer | None) -> Tokenizer:
+        if absent := [name for name in ("</s>", "<unk>") if name not in vocab]:
+            raise CheckpointError(f"{folder}: the vocabulary lacks {', '.join(absent)}; is it Marian's?")
+        backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
+        backend.add_special_tokens([name for name in ("</s>", "<unk>", "<pad>") if name in vocab])
+        backend.decoder = spaces_back(r"\A +| +\z")
+        cutter = backend_of(read_spm(folder / spm), folder / spm)
+        codes = [name for name in vocab if name.startswith(">>") and name.endswith("<<")]  # the language to write in
+        cutter.add_special_tokens([AddedToken(name, normalized=False) for name in codes])
+        cutter.post_processor = _around(cutter, last="</s>")
+        special = _special_tokens(backend, {**config, **special_map})
+        settings = _settings(folder, config, special, token_types=False)
+        return Tokenizer(backend, settings, cutter=cutter, target=written, files=files)
+
+    return tokenizer(source, "source.spm", tokenizer(target, "target.spm", None))
 
 
 def _wordpiece(vocab: Path, config: dict[str, Any]) -> Backend:
