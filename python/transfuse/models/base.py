@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -50,6 +53,8 @@ class TransformerModel(nn.Module):
 
     config: TransformerConfig
     labels: tuple[str, ...] = ()  # names of a classifier's classes, where a checkpoint gave them
+    # what config.json says to the tasks and not to the model: problem_type, task_specific_params, prefix
+    task_settings: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def device(self) -> torch.device:

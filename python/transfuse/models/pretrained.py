@@ -65,6 +65,7 @@ _CLASSES: dict[str, Any] = {
     "token-classification": TokenClassifier,
     "question-answering": SpanClassifier,
 }
+_TASK_SETTINGS = ("problem_type", "task_specific_params", "prefix")
 _CLASSIFIERS = ("sequence-classification", "token-classification")
 
 
@@ -121,6 +122,7 @@ def from_pretrained(
         raise match.error([])  # another model altogether: not worth building to compare shapes
     model = _build(task, config, len(labels), dtype or _stored_dtype(values, source))
     model.labels = labels
+    model.task_settings = {name: values[name] for name in _TASK_SETTINGS if values.get(name) is not None}
     plan = _plan(match or _match(family, config, task, native.table_of(model, task), source), model)
     model.to_empty(device=where)
     _fill(model, plan, source)
@@ -155,6 +157,7 @@ def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> 
     if family.writes_copies(model.config):
         tensors |= {copy: tensors[name].clone() for copy, name in family.copies(model.config, task).items()}
     tensors = {family.stored_name(name, task): tensor for name, tensor in tensors.items()}
+    values |= dict(model.task_settings)
     values |= {"architectures": [family.tasks[task]], "torch_dtype": str(model.dtype).removeprefix("torch.")}
     if isinstance(model, SequenceClassifier | TokenClassifier):
         count = model.classifier.out_features
