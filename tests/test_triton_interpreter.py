@@ -49,6 +49,12 @@ def read_two(x, y, out, n, N: tl.constexpr):
     tl.store(out + i, tl.load(pointer))
 
 
+@triton.jit
+def multiply_index(out, factor, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, i * factor)
+
+
 def copied(x, y, more_in=0, more_out=0, shift=0):
     n = x.shape[1]
     copy_rows[(x.shape[0],)](Rows(x, x.stride(0)), Rows(y, y.stride(0)), n, more_in, more_out, shift, 16)
@@ -121,6 +127,14 @@ def test_programs_may_not_meet_in_what_is_given_twice_either():
 def test_each_of_several_tensors_is_checked():
     with pytest.raises(Exception, match=r"reads 1 elements outside of y"):
         read_two[(1,)](torch.ones(3), torch.zeros(4), torch.empty(8), 3, 8)
+
+
+def test_a_product_beyond_32_bits_is_seen():
+    out = torch.zeros(4, dtype=torch.int32)
+    multiply_index[(1,)](out, 2**29, 4)
+    assert out.tolist() == [0, 2**29, 2**30, 3 * 2**29]
+    with pytest.raises(Exception, match="multiply_index: mul overflows int32"):
+        multiply_index[(1,)](out, 2**30, 4)
 
 
 def test_rounding_to_bf16_is_the_hardware_s():

@@ -4,11 +4,14 @@ Memory: a kernel may touch only elements of the tensors that its launch was give
 they belong to, and no element that another program of the launch wrote. To tell pointers apart, each argument's number
 stands in the upper 16 bits of its addresses, where address arithmetic leaves it alone.
 
+Speed: what the interpreter does again and again is done once, or by numpy instead of by tensors of its own.
+
 Rounding: fp32 goes to bf16 as on the hardware, where the interpreter cuts the low bits off.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +61,7 @@ class Launch:
         self.program: tuple[int, ...] = (0, 0, 0)
         self.regions: list[Region] = []
         self.names: dict[int, str] = {}
+        self.patched: set[frozenset[int]] = set()  # the modules whose functions have been replaced
         self.writers: dict[tuple[int, int, int], np.ndarray] = {}  # by place: (count,) int32, which program + 1, or 0
 
     def tagged(self, t: torch.Tensor) -> int:
@@ -141,6 +145,9 @@ def install() -> None:
     if not hasattr(interpreter, "_stricter"):
         interpreter._stricter = True
         _round_truly(interpreter)
+        _patch_once(interpreter)
+        _check_overflow_at_once()
+        interpreter._get_np_dtype = _of_scalars(interpreter._get_np_dtype)
         _check_memory(interpreter)
 
 
@@ -191,6 +198,59 @@ def _check_memory(interpreter: Any) -> None:
         ("create_atomic_cas", "atomically updates", 0, None),
     ):
         setattr(builder, method, _watched(interpreter, getattr(builder, method), does, pointer, mask))
+
+
+def _patch_once(interpreter: Any) -> None:
+    """The functions of triton.language are replaced once a launch, not whenever a kernel calls another function."""
+    import triton.language as tl
+
+    patch = interpreter._patch_lang
+
+    @functools.cache
+    def modules_of(function: Any) -> frozenset[int]:
+        return frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+
+    def patch_once(function: Any) -> Any:
+        modules = modules_of(function)
+        if _launch is not None:
+            if modules in _launch.patched:
+                return None  # a function that a kernel calls: it does not look at what comes back
+            _launch.patched.add(modules)
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
+
+
+def _check_overflow_at_once() -> None:
+    """Integer sums and products are checked by numpy, not by a dozen operations of the language."""
+    from triton.language.semantic import TritonSemantic
+
+    def check(self: Any, left: Any, right: Any, operation: Any) -> None:
+        scalar = left.type.scalar
+        if scalar.int_bitwidth >= 64:
+            return
+        function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+        exact = function(left.handle.data.astype(np.int64), right.handle.data.astype(np.int64))
+        if exact.size and not scalar.get_int_min_value() <= exact.min() <= exact.max() <= scalar.get_int_max_value():
+            kernel = _launch.kernel if _launch is not None else "a kernel"
+            raise AssertionError(f"{kernel}: {operation.__name__} overflows {scalar}")
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check
+
+
+def _of_scalars(original: Any) -> Any:
+    """The interpreter's numpy dtype of a dtype, remembered for scalars: it makes a table of them at each call."""
+    known: dict[str, np.dtype] = {}
+
+    def numpy_dtype(dtype: Any) -> np.dtype:
+        scalar = dtype.scalar
+        if scalar.is_ptr():
+            return original(scalar)
+        if scalar.name not in known:
+            known[scalar.name] = original(scalar)
+        return known[scalar.name]
+
+    return numpy_dtype
 
 
 def _watched(interpreter: Any, original: Any, does: str, pointer: int, mask: int | None) -> Any:
