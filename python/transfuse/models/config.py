@@ -152,7 +152,7 @@ class TransformerConfig:
     embedding_dropout: float | None = None  # on the embeddings; None: hidden_dropout
     attention_dropout: float = 0.0  # on the attention probabilities
     ffn_dropout: float = 0.0  # on the FFN's inner activations
-    classifier_dropout: float | None = None  # before a classifier; None: hidden_dropout, and none before spans
+    classifier_dropout: float | None = None  # before a classifier, but not before one of spans; None: hidden_dropout
 
     # tokens and initialisation
     pad_token_id: int | None = None
@@ -281,6 +281,9 @@ class TransformerConfig:
         fill("head_dim", self.hidden_size // self.num_heads)
         fill("intermediate_size", 4 * self.hidden_size)
         fill("rotary_dim", self.head_dim)
+        for name in ("embedding_dropout", "classifier_dropout"):
+            if getattr(self, name) == self.hidden_dropout:
+                object.__setattr__(self, name, None)  # one spelling of one model
         for name, twin in _DECODER_TWINS.items():
             if self.is_encoder_decoder:
                 fill(name, getattr(self, twin))

@@ -83,7 +83,14 @@ class Encoder(Stack):
         )
         return ModelOutput(
             last_hidden_state=last,
-            pooler_output=None if self.pooler is None else self._pool(self.pooler(last[:, 0])),
+            pooler_output=None if self.pooler is None else self._pool(self.pooler(_first(last, inputs.mask))),
             hidden_states=states,
             attentions=None if inputs.attentions is None else tuple(inputs.attentions),
         )
+
+
+def _first(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(batch, hidden_size): each row's first token of x (batch, length, hidden_size); mask: (batch, 1, 1, length)."""
+    if mask is None:
+        return x[:, 0]
+    return x[torch.arange(x.shape[0], device=x.device), mask[:, 0, 0].int().argmax(1)]

@@ -241,8 +241,7 @@ class SpanClassifier(ModelWithHead):
 
     def read(self, out: ModelOutput, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> ModelOutput:
         """start_logits, end_logits: (batch, length) each."""
-        p = self.config.classifier_dropout or 0.0
-        start, end = self.classifier(F.dropout(last_hidden(out), p, self.training)).unbind(-1)
+        start, end = self.classifier(last_hidden(out)).unbind(-1)
         return replace(out, start_logits=start, end_logits=end)
 
 

@@ -131,6 +131,21 @@ def qkv_rows(config: TransformerConfig, names: tuple[str, str, str], ours: str) 
     return {name: Rows(ours, bounds[i], bounds[i + 1]) for i, name in enumerate(names)}
 
 
+def body_prefix(config: TransformerConfig, task: str) -> str:
+    """What precedes our names of the stack: nothing where the task is the stack itself or its output head."""
+    return "" if task in ("encoder", "decoder", "causal-lm") else f"{config.architecture}."
+
+
+def decoder_head(config: TransformerConfig, task: str, token_classifier: str = "classifier") -> dict[str, Rows]:
+    """What a decoder's task adds to its stack, by transformers' names."""
+    if task == "causal-lm":
+        return {} if config.tie_embeddings else {"lm_head.weight": Rows("lm_head.weight")}
+    if task == "sequence-classification":
+        return {"score.weight": Rows("classifier.weight")}
+    names = {"token-classification": token_classifier, "question-answering": "qa_outputs"}
+    return with_parts({names[task]: "classifier"}) if task in names else {}
+
+
 def given(values: Mapping[str, Any], key: str, default: Any) -> Any:
     """``values[key]``, or ``default`` where it is missing or null."""
     value = values.get(key)
@@ -161,15 +176,26 @@ def activation_from(values: Mapping[str, Any], default: str, key: str = "hidden_
     return ACTIVATIONS[name]
 
 
-def activation_to(name: str) -> str:
-    """The name that transformers gives an activation of ours."""
-    return "gelu_pytorch_tanh" if name == "gelu_tanh" else name
+def activation_to(name: str, gelu_tanh: str = "gelu_pytorch_tanh") -> str:
+    """The name that transformers gives an activation of ours; that of the tanh GELU is the family's choice."""
+    return gelu_tanh if name == "gelu_tanh" else name
+
+
+def token_ids(config: TransformerConfig) -> dict[str, Any]:
+    """The special tokens, for config.json."""
+    eos = config.eos_token_id
+    return {
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+    }
 
 
 def _families() -> dict[str, Family]:
-    from transfuse.models.families import bert, llama, native
+    from transfuse.models.families import bert, distilbert, gpt2, gpt_neo, llama, native, roberta
 
-    return {family.name: family for family in (bert.FAMILY, llama.FAMILY, native.FAMILY)}
+    found = (bert, distilbert, gpt2, gpt_neo, llama, native)
+    return {family.name: family for family in (*(module.FAMILY for module in found), *roberta.FAMILIES)}
 
 
 def find_family(model_type: object) -> Family:
@@ -182,7 +208,7 @@ def find_family(model_type: object) -> Family:
     'LlamaForCausalLM'
     >>> find_family("mamba")
     Traceback (most recent call last):
-    transfuse.errors.ConfigError: config.json: model_type 'mamba' is not a known family; known: bert, llama, transfuse
+    transfuse.errors.ConfigError: config.json: model_type 'mamba' is not a known family; known: bert, ...
     """
     families = _families()
     if not isinstance(model_type, str) or model_type not in families:

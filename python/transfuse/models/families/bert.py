@@ -7,44 +7,58 @@ from typing import Any
 
 from transfuse.errors import ConfigError
 from transfuse.models.config import TransformerConfig
-from transfuse.models.families import Family, Rows, activation_from, activation_to, given, qkv_rows
+from transfuse.models.families import (
+    OLD_NORMS,
+    Family,
+    Rows,
+    activation_from,
+    activation_to,
+    body_prefix,
+    given,
+    qkv_rows,
+    with_parts,
+)
 
 # Tasks whose transformers class reads the pooled first token.
-_POOLED = ("encoder", "sequence-classification")
+_POOLED = ("encoder", "sequence-classification", "next-sentence-prediction", "pretraining")
 
 
-def _read_config(values: Mapping[str, Any], task: str) -> TransformerConfig:
+def read_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that BERT and RoBERTa read alike.
+
+    Raises:
+        ConfigError: the checkpoint is of a decoder, or its positions are not absolute.
+    """
     if values.get("is_decoder") or values.get("add_cross_attention"):
-        raise ConfigError("config.json: BERT as a decoder (is_decoder, add_cross_attention) is not supported")
+        raise ConfigError("config.json: an encoder as a decoder (is_decoder, add_cross_attention) is not supported")
     if (kind := given(values, "position_embedding_type", "absolute")) != "absolute":
         raise ConfigError(f"config.json: position_embedding_type must be 'absolute', got {kind!r}")
-    return TransformerConfig(
-        architecture="encoder",
-        family="bert",
-        vocab_size=given(values, "vocab_size", 30522),
-        hidden_size=given(values, "hidden_size", 768),
-        num_layers=given(values, "num_hidden_layers", 12),
-        num_heads=given(values, "num_attention_heads", 12),
-        intermediate_size=given(values, "intermediate_size", 3072),
-        activation=activation_from(values, "gelu"),
-        norm_placement="post",
-        norm_eps=given(values, "layer_norm_eps", 1e-12),
-        final_norm=False,
-        max_positions=given(values, "max_position_embeddings", 512),
-        embedding_norm=True,
-        type_vocab_size=given(values, "type_vocab_size", 2),
-        tie_embeddings=given(values, "tie_word_embeddings", True),
-        pooler=task in _POOLED,
-        hidden_dropout=given(values, "hidden_dropout_prob", 0.1),
-        attention_dropout=given(values, "attention_probs_dropout_prob", 0.1),
-        pad_token_id=given(values, "pad_token_id", 0),
-        initializer_range=given(values, "initializer_range", 0.02),
-    )
-
-
-def _write_config(config: TransformerConfig) -> dict[str, Any]:
     return {
-        "model_type": "bert",
+        "architecture": "encoder",
+        "vocab_size": given(values, "vocab_size", 30522),
+        "hidden_size": given(values, "hidden_size", 768),
+        "num_layers": given(values, "num_hidden_layers", 12),
+        "num_heads": given(values, "num_attention_heads", 12),
+        "intermediate_size": given(values, "intermediate_size", 3072),
+        "activation": activation_from(values, "gelu"),
+        "norm_placement": "post",
+        "norm_eps": given(values, "layer_norm_eps", 1e-12),
+        "final_norm": False,
+        "max_positions": given(values, "max_position_embeddings", 512),
+        "embedding_norm": True,
+        "type_vocab_size": given(values, "type_vocab_size", 2),
+        "tie_embeddings": given(values, "tie_word_embeddings", True),
+        "hidden_dropout": given(values, "hidden_dropout_prob", 0.1),
+        "attention_dropout": given(values, "attention_probs_dropout_prob", 0.1),
+        "classifier_dropout": values.get("classifier_dropout"),
+        "pad_token_id": given(values, "pad_token_id", 0),
+        "initializer_range": given(values, "initializer_range", 0.02),
+    }
+
+
+def write_fields(config: TransformerConfig) -> dict[str, Any]:
+    """What ``read_fields`` reads."""
+    return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -52,30 +66,29 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         "intermediate_size": config.intermediate_size,
         "hidden_act": activation_to(config.activation),
         "layer_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_positions,
+        "max_position_embeddings": config.max_positions + config.position_offset,
         "type_vocab_size": config.type_vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_dropout_prob": config.hidden_dropout,
         "attention_probs_dropout_prob": config.attention_dropout,
+        "classifier_dropout": config.classifier_dropout,
         "pad_token_id": config.pad_token_id,
         "initializer_range": config.initializer_range,
         "position_embedding_type": "absolute",
     }
 
 
-def _table(config: TransformerConfig, task: str) -> dict[str, Rows]:
-    # Every task but the bare encoder wraps it, and its names move below "encoder.".
-    inside = "" if task == "encoder" else "encoder."
+def stack_table(config: TransformerConfig, prefix: str, inside: str) -> dict[str, Rows]:
+    """Embeddings and layers, which BERT and RoBERTa name alike; ``inside`` precedes our names of them."""
     pairs = {
-        "bert.embeddings.word_embeddings.weight": Rows(f"{inside}embeddings.token.weight"),
-        "bert.embeddings.position_embeddings.weight": Rows(f"{inside}embeddings.position.weight"),
-        "bert.embeddings.token_type_embeddings.weight": Rows(f"{inside}embeddings.token_type.weight"),
+        f"{prefix}embeddings.word_embeddings.weight": Rows(f"{inside}embeddings.token.weight"),
+        f"{prefix}embeddings.position_embeddings.weight": Rows(f"{inside}embeddings.position.weight"),
     }
-    modules = {"bert.embeddings.LayerNorm": f"{inside}embeddings.norm"}
-    if config.pooler:
-        modules["bert.pooler.dense"] = f"{inside}pooler"
+    if config.type_vocab_size:
+        pairs[f"{prefix}embeddings.token_type_embeddings.weight"] = Rows(f"{inside}embeddings.token_type.weight")
+    modules = {f"{prefix}embeddings.LayerNorm": f"{inside}embeddings.norm"}
     for i in range(config.num_layers):
-        theirs, ours = f"bert.encoder.layer.{i}", f"{inside}layers.{i}"
+        theirs, ours = f"{prefix}encoder.layer.{i}", f"{inside}layers.{i}"
         for kind in ("weight", "bias"):
             q, k, v = (f"{theirs}.attention.self.{name}.{kind}" for name in ("query", "key", "value"))
             pairs |= qkv_rows(config, (q, k, v), f"{ours}.attention.qkv.{kind}")
@@ -86,7 +99,22 @@ def _table(config: TransformerConfig, task: str) -> dict[str, Rows]:
             f"{theirs}.output.dense": f"{ours}.feed_forward.down",
             f"{theirs}.output.LayerNorm": f"{ours}.feed_forward_norm",
         }
-    if task == "masked-lm":
+    return pairs | with_parts(modules)
+
+
+def _read_config(values: Mapping[str, Any], task: str) -> TransformerConfig:
+    return TransformerConfig(family="bert", pooler=task in _POOLED, **read_fields(values))
+
+
+def _write_config(config: TransformerConfig) -> dict[str, Any]:
+    return {"model_type": "bert", **write_fields(config)}
+
+
+def _table(config: TransformerConfig, task: str) -> dict[str, Rows]:
+    inside = body_prefix(config, task)
+    pairs = stack_table(config, "bert.", inside)
+    modules = {"bert.pooler.dense": f"{inside}pooler"} if config.pooler else {}
+    if task in ("masked-lm", "pretraining"):
         modules["cls.predictions.transform.dense"] = "head.dense"
         modules["cls.predictions.transform.LayerNorm"] = "head.norm"
         if config.tie_embeddings:
@@ -94,17 +122,17 @@ def _table(config: TransformerConfig, task: str) -> dict[str, Rows]:
         else:
             pairs["cls.predictions.decoder.weight"] = Rows("head.decoder.weight")
             pairs["cls.predictions.decoder.bias"] = Rows("head.bias")
+    if task in ("next-sentence-prediction", "pretraining"):
+        modules["cls.seq_relationship"] = "classifier"
     elif task == "question-answering":
         modules["qa_outputs"] = "classifier"
-    elif task != "encoder":
+    elif task in ("sequence-classification", "token-classification"):
         modules["classifier"] = "classifier"
-    for theirs, ours in modules.items():
-        pairs |= {f"{theirs}.{kind}": Rows(f"{ours}.{kind}") for kind in ("weight", "bias")}
-    return pairs
+    return pairs | with_parts(modules)
 
 
 def _copies(config: TransformerConfig, task: str) -> dict[str, str]:
-    if task != "masked-lm":
+    if task not in ("masked-lm", "pretraining"):
         return {}
     if not config.tie_embeddings:
         return {"cls.predictions.bias": "cls.predictions.decoder.bias"}
@@ -121,6 +149,8 @@ FAMILY = Family(
     tasks={
         "encoder": "BertModel",
         "masked-lm": "BertForMaskedLM",
+        "next-sentence-prediction": "BertForNextSentencePrediction",
+        "pretraining": "BertForPreTraining",
         "sequence-classification": "BertForSequenceClassification",
         "token-classification": "BertForTokenClassification",
         "question-answering": "BertForQuestionAnswering",
@@ -130,5 +160,5 @@ FAMILY = Family(
     table=_table,
     copies=_copies,
     unused=("embeddings.position_ids", "pooler.dense."),
-    rename=((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")),
+    rename=OLD_NORMS,
 )

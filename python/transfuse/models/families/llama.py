@@ -7,7 +7,18 @@ from typing import Any
 
 from transfuse.errors import ConfigError
 from transfuse.models.config import RopeScaling, TransformerConfig
-from transfuse.models.families import Family, Rows, activation_from, activation_to, given, qkv_rows
+from transfuse.models.families import (
+    Family,
+    Rows,
+    activation_from,
+    activation_to,
+    body_prefix,
+    decoder_head,
+    given,
+    qkv_rows,
+    token_ids,
+    with_parts,
+)
 
 
 def _read_config(values: Mapping[str, Any], task: str) -> TransformerConfig:
@@ -39,6 +50,7 @@ def _read_config(values: Mapping[str, Any], task: str) -> TransformerConfig:
         rope_scaling=scaling,
         tie_embeddings=given(values, "tie_word_embeddings", False),
         attention_dropout=given(values, "attention_dropout", 0.0),
+        classifier_dropout=given(values, "classifier_dropout", 0.1),
         pad_token_id=None if pad == -1 else pad,  # -1 was Llama 1's way of having none
         bos_token_id=values.get("bos_token_id", 1),
         eos_token_id=values.get("eos_token_id", 2),
@@ -80,7 +92,6 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
                 "high_freq_factor": config.rope_scaling.high_freq_factor,
                 "original_max_position_embeddings": config.rope_scaling.original_max_positions,
             }
-    eos = config.eos_token_id
     return {
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -100,24 +111,20 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         "rope_scaling": scaling,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": config.attention_dropout,
-        "pad_token_id": config.pad_token_id,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
+        "classifier_dropout": 0.0 if config.classifier_dropout is None else config.classifier_dropout,
         "initializer_range": config.initializer_range,
+        **token_ids(config),
     }
 
 
 def _table(config: TransformerConfig, task: str) -> dict[str, Rows]:
-    pairs = {
-        "model.embed_tokens.weight": Rows("embeddings.token.weight"),
-        "model.norm.weight": Rows("final_norm.weight"),
-    }
-    if not config.tie_embeddings:
-        pairs["lm_head.weight"] = Rows("lm_head.weight")
+    inside = body_prefix(config, task)
+    pairs = {"model.embed_tokens.weight": Rows(f"{inside}embeddings.token.weight")}
+    norms = {"model.norm": f"{inside}final_norm"}
     for i in range(config.num_layers):
-        theirs, ours = f"model.layers.{i}", f"layers.{i}"
-        pairs[f"{theirs}.input_layernorm.weight"] = Rows(f"{ours}.attention_norm.weight")
-        pairs[f"{theirs}.post_attention_layernorm.weight"] = Rows(f"{ours}.feed_forward_norm.weight")
+        theirs, ours = f"model.layers.{i}", f"{inside}layers.{i}"
+        norms[f"{theirs}.input_layernorm"] = f"{ours}.attention_norm"
+        norms[f"{theirs}.post_attention_layernorm"] = f"{ours}.feed_forward_norm"
         for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
             q, k, v = (f"{theirs}.self_attn.{name}_proj.{kind}" for name in "qkv")
             pairs |= qkv_rows(config, (q, k, v), f"{ours}.attention.qkv.{kind}")
@@ -125,21 +132,29 @@ def _table(config: TransformerConfig, task: str) -> dict[str, Rows]:
         for kind in ("weight", "bias") if config.ffn_bias else ("weight",):
             for name in ("gate", "up", "down"):
                 pairs[f"{theirs}.mlp.{name}_proj.{kind}"] = Rows(f"{ours}.feed_forward.{name}.{kind}")
-    return pairs
+    return pairs | with_parts(norms, ("weight",)) | decoder_head(config, task, token_classifier="score")
 
 
 def _copies(config: TransformerConfig, task: str) -> dict[str, str]:
-    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
+    tied = task == "causal-lm" and config.tie_embeddings
+    return {"lm_head.weight": "model.embed_tokens.weight"} if tied else {}
 
 
 FAMILY = Family(
     name="llama",
     prefix="model.",
-    heads=("lm_head.", "score."),
-    tasks={"causal-lm": "LlamaForCausalLM"},
+    heads=("lm_head.", "score.", "qa_outputs."),
+    tasks={
+        "causal-lm": "LlamaForCausalLM",
+        "decoder": "LlamaModel",
+        "sequence-classification": "LlamaForSequenceClassification",
+        "token-classification": "LlamaForTokenClassification",
+        "question-answering": "LlamaForQuestionAnswering",
+    },
     read_config=_read_config,
     write_config=_write_config,
     table=_table,
     copies=_copies,
     unused=("rotary_emb.inv_freq",),
+    other_prefixes={"question-answering": "transformer."},
 )
