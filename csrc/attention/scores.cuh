@@ -161,14 +161,14 @@ __device__ __forceinline__ void store_two(T* to, float low, float high) {
   *reinterpret_cast<Both*>(to) = {{{{device::from_float<T>(low)}}, {{device::from_float<T>(high)}}}};
 }
 
-// sum += A B^T [16, 8 TILES] of the warp's rows of A's tile and all rows of B's, both D wide.
+// sum += A B^T [16, 8 TILES] of A's tile's rows from `row` on, the warp's, and all rows of B's, both D wide.
 template <typename T, int D, int TILES>
-__device__ __forceinline__ void multiply_rows(float (&sum)[TILES][4], T* a_tile, T* b_tile) {
+__device__ __forceinline__ void multiply_rows(float (&sum)[TILES][4], T* a_tile, T* b_tile, int row = warp_row()) {
   constexpr int kSteps = D / kStep<T>;
 #pragma unroll kSteps <= 16 ? kSteps : 8
   for (int d = 0; d < kSteps; ++d) {
     uint32_t a[4];
-    load_a<T, D>(a, a_tile, warp_row(), d);
+    load_a<T, D>(a, a_tile, row, d);
 #pragma unroll
     for (int n = 0; n < TILES; n += 2) {
       uint32_t b[2][2];
