@@ -97,7 +97,7 @@ tests/test_extension.py:not nothing
 tests/test_backends.py:not nothing
 tests/test_cuda_on_cpu.py:not nothing
 tests/test_triton_launch.py:not nothing
-tests/test_triton_gpu.py:not nothing
+tests/test_kernels_on_gpu.py:cuda;triton and attention;triton and not attention
 tests/test_norm.py:cuda;triton
 tests/test_causal_softmax.py:cuda;triton
 tests/test_causal_softmax_kernels.py:$both
@@ -122,9 +122,15 @@ LIST
 
 sanitizer() {
     command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer was not found"; exit 77; }
-    PYTHONPATH=$site compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-        "$python" -m pytest -o addopts=-ra -p no:cacheprovider -q tests/test_cuda_binding.py \
-        -k "test_forward and (3x7x111 or 33x768 or 9x1032 or 2x8200) and (bfloat16 or float32) or test_empty"
+    # Small cases of every CUDA kernel; racecheck looks at shared memory, initcheck at reads of what nobody wrote.
+    local tool status=0
+    for tool in memcheck racecheck initcheck; do
+        PYTHONPATH=$site timeout 100 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
+            "$python" -m pytest -o addopts=-ra -p no:cacheprovider -q -x tests/test_kernels_on_gpu.py \
+            -k "cuda and goes_to_the_current_stream" >"$out/sanitizer-$tool.log" 2>&1 || status=1
+        echo "$tool: $(tail -n 1 "$out/sanitizer-$tool.log")"
+    done
+    return $status
 }
 
 speed() {
@@ -140,7 +146,7 @@ export out python site
 part facts 20 facts
 part build 170 build
 part tests 400 tests
-part sanitizer 90 sanitizer
+part sanitizer 320 sanitizer
 part speed 400 speed
 echo "--- $summary"
 exit $failed
