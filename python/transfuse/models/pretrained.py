@@ -40,7 +40,7 @@ from transfuse.models.families import Family, Rows, find_family, native
 from transfuse.models.gguf import LlamaGgufSource
 from transfuse.models.locate import locate_model
 from transfuse.models.placement import DTYPES, check_dtype, usable_device
-from transfuse.models.seq2seq import Seq2Seq
+from transfuse.models.seq2seq import Seq2Seq, Seq2SeqBody
 from transfuse.models.task_heads import (
     MaskedLM,
     NextSentencePredictor,
@@ -57,6 +57,7 @@ _CLASSES: dict[str, Any] = {
     "encoder": Encoder,
     "decoder": DecoderBody,
     "causal-lm": Decoder,
+    "seq2seq": Seq2SeqBody,
     "seq2seq-lm": Seq2Seq,
     "masked-lm": MaskedLM,
     "next-sentence-prediction": NextSentencePredictor,

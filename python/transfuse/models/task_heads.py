@@ -8,21 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from transfuse.errors import ConfigError
+from transfuse.errors import ArgumentError, ConfigError
 from transfuse.models.base import TransformerModel
 from transfuse.models.config import TransformerConfig
 from transfuse.models.decoder import DecoderBody
 from transfuse.models.encoder import Encoder
 from transfuse.models.heads import MaskedLMHead
 from transfuse.models.outputs import ModelOutput, last_hidden
+from transfuse.models.seq2seq import Seq2SeqBody
 
 
 class ModelWithHead(TransformerModel):
-    """A stack, under ``encoder`` or ``decoder`` as the configuration says, and in a subclass what reads its output."""
+    """A stack and, in a subclass, what reads its output.
+
+    The stack is under ``encoder``, ``decoder`` or ``seq2seq``, as the configuration says. An encoder-decoder's decoder
+    reads the same text again, shifted right (BART, T5).
+    """
 
     takes_decoders = True
     encoder: Encoder
     decoder: DecoderBody
+    seq2seq: Seq2SeqBody
 
     def __init__(self, config: TransformerConfig, dtype: torch.dtype | None) -> None:
         self._check(config, dtype)
@@ -30,12 +36,16 @@ class ModelWithHead(TransformerModel):
         self.config = config
         if config.architecture == "decoder" and self.takes_decoders:
             self.decoder = DecoderBody(config, device="meta", dtype=dtype)
+        elif config.is_encoder_decoder and self.takes_decoders:
+            self.seq2seq = Seq2SeqBody(config, device="meta", dtype=dtype)
         else:
             self.encoder = Encoder(config, device="meta", dtype=dtype)
 
     @property
-    def body(self) -> Encoder | DecoderBody:
+    def body(self) -> Encoder | DecoderBody | Seq2SeqBody:
         """The stack without its head."""
+        if hasattr(self, "seq2seq"):
+            return self.seq2seq
         return self.decoder if self.config.architecture == "decoder" else self.encoder
 
     def read(self, out: ModelOutput, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> ModelOutput:
@@ -52,15 +62,17 @@ class ModelWithHead(TransformerModel):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> ModelOutput:
-        """The stack's output with the head's scores; arguments as of :meth:`Encoder.forward`."""
-        out = self.body(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-        )
+        """The stack's output with the head's scores; arguments as of :meth:`Encoder.forward`.
+
+        An encoder-decoder has no token types and counts positions itself: None for both.
+        """
+        body, also = self.body, {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        if not isinstance(body, Seq2SeqBody):
+            out = body(input_ids, attention_mask, token_type_ids, position_ids, **also)
+        elif token_type_ids is None and position_ids is None:
+            out = body(input_ids, attention_mask, body.shift_right(input_ids), **also)
+        else:
+            raise ArgumentError("token_type_ids, position_ids: an encoder-decoder takes neither; leave them out")
         return self.read(out, input_ids, attention_mask)
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
@@ -156,9 +168,11 @@ class NextSentencePredictor(ModelWithHead):
 
 
 class SequenceClassifier(ModelWithHead):
-    """Scores of a text's classes, from an encoder's pooled first token or a decoder's last token, which saw all others.
+    """Scores of a text's classes.
 
-    Which token is the last one follows from the mask, and from pad_token_id where the configuration has one.
+    An encoder's are read from its pooled first token, a decoder's from the last token, which saw all others (which one
+    it is follows from the mask, and from pad_token_id where the configuration has one), an encoder-decoder's from the
+    last end token, pooled by a matrix of its own.
 
     Raises:
         ConfigError: an encoder's configuration has no pooler, or num_labels is below 1.
@@ -178,13 +192,20 @@ class SequenceClassifier(ModelWithHead):
     ) -> None:
         super().__init__(config, dtype)
         decodes = config.architecture == "decoder"
-        if not decodes:
+        self.pooler: nn.Linear | None = None
+        if config.is_encoder_decoder:
+            self.pooler = nn.Linear(config.hidden_size, config.hidden_size, device="meta", dtype=dtype)
+        elif not decodes:
             _needs_pooler("SequenceClassifier", config)
         self.classifier = _classifier("SequenceClassifier", config, num_labels, dtype, bias=not decodes)
         self._materialise(device, dtype)
 
     def read(self, out: ModelOutput, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> ModelOutput:
         """logits: (batch, num_labels)."""
+        if self.pooler is not None:
+            end = _last_end(last_hidden(out), input_ids, self.config.eos_token_id)
+            pooled = torch.tanh(self.pooler(self._drop(end)))
+            return replace(out, pooler_output=pooled, logits=self.classifier(self._drop(pooled)))
         if self.config.architecture != "decoder":
             return replace(out, logits=self.classifier(self._drop(_pooled(out))))
         last = _last_tokens(input_ids, attention_mask, self.config.pad_token_id)
@@ -261,6 +282,18 @@ def _needs_pooler(name: str, config: TransformerConfig) -> None:
 def _pooled(out: ModelOutput) -> torch.Tensor:
     assert out.pooler_output is not None
     return out.pooler_output
+
+
+def _last_end(states: torch.Tensor, ids: torch.Tensor, eos: int | tuple[int, ...] | None) -> torch.Tensor:
+    """(batch, hidden_size): the state at each row's last end token. On a GPU nobody waits to see that a row has one."""
+    if eos is None:
+        raise ArgumentError("SequenceClassifier: reads the last end token, and the configuration has no eos_token_id")
+    ends = torch.isin(ids, torch.tensor(eos, device=ids.device))
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(ends.any(1).all()):
+        rows = (~ends.any(1)).nonzero().flatten().tolist()
+        raise ArgumentError(f"input_ids: expected an end token ({eos}) in every row, rows {rows} have none; append it")
+    last = (ends * torch.arange(ids.shape[1], device=ids.device)).amax(1)
+    return states[torch.arange(ids.shape[0], device=ids.device), last]
 
 
 def _last_tokens(ids: torch.Tensor, mask: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:

@@ -106,7 +106,7 @@ class Family:
 
     def stored_name(self, name: str, task: str) -> str:
         """How the task's class of transformers spells a name of the table; a bare stack carries no prefix."""
-        prefix = "" if task in ("encoder", "decoder") else self.other_prefixes.get(task, self.prefix)
+        prefix = "" if task in ("encoder", "decoder", "seq2seq") else self.other_prefixes.get(task, self.prefix)
         inside = name.startswith(self.prefix) and not name.startswith(self.heads)
         return prefix + name.removeprefix(self.prefix) if inside else name
 
@@ -124,11 +124,27 @@ def with_parts(modules: Mapping[str, str], parts: tuple[str, ...] = ("weight", "
     return {f"{theirs}.{part}": Rows(f"{ours}.{part}") for theirs, ours in modules.items() for part in parts}
 
 
-def qkv_rows(config: TransformerConfig, names: tuple[str, str, str], ours: str) -> dict[str, Rows]:
-    """The three projections a checkpoint keeps apart, as row ranges of the fused ``ours``."""
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+def qkv_rows(
+    config: TransformerConfig, names: tuple[str, str, str], ours: str, *, decoder: bool = False
+) -> dict[str, Rows]:
+    """The three projections a checkpoint keeps apart, as row ranges of the fused ``ours``.
+
+    ``decoder``: they are of an encoder_decoder's decoder.
+    """
+    c = config
+    heads, dim = (c.num_heads, c.num_kv_heads), c.head_dim
+    if decoder:
+        heads, dim = (c.num_decoder_heads, c.num_decoder_kv_heads), c.decoder_head_dim
+    q, kv = (n * dim for n in heads)
     bounds = (0, q, q + kv, q + 2 * kv)
     return {name: Rows(ours, bounds[i], bounds[i + 1]) for i, name in enumerate(names)}
+
+
+def cross_rows(config: TransformerConfig, names: tuple[str, str, str], ours: str, kind: str) -> dict[str, Rows]:
+    """Likewise of cross-attention: q, and the fused k and v, below ``ours``; ``kind``: weight or bias."""
+    kv = config.num_decoder_kv_heads * config.decoder_head_dim
+    targets = (Rows(f"{ours}.q.{kind}"), Rows(f"{ours}.kv.{kind}", 0, kv), Rows(f"{ours}.kv.{kind}", kv, 2 * kv))
+    return dict(zip(names, targets, strict=True))
 
 
 def body_prefix(config: TransformerConfig, task: str) -> str:
@@ -192,9 +208,9 @@ def token_ids(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _families() -> dict[str, Family]:
-    from transfuse.models.families import bert, distilbert, gpt2, gpt_neo, llama, native, roberta
+    from transfuse.models.families import bart, bert, distilbert, gpt2, gpt_neo, llama, native, roberta
 
-    found = (bert, distilbert, gpt2, gpt_neo, llama, native)
+    found = (bart, bert, distilbert, gpt2, gpt_neo, llama, native)
     return {family.name: family for family in (*(module.FAMILY for module in found), *roberta.FAMILIES)}
 
 
@@ -208,7 +224,7 @@ def find_family(model_type: object) -> Family:
     'LlamaForCausalLM'
     >>> find_family("mamba")
     Traceback (most recent call last):
-    transfuse.errors.ConfigError: config.json: model_type 'mamba' is not a known family; known: bert, ...
+    transfuse.errors.ConfigError: config.json: model_type 'mamba' is not a known family; known: bart, ...
     """
     families = _families()
     if not isinstance(model_type, str) or model_type not in families:
