@@ -208,9 +208,9 @@ def token_ids(config: TransformerConfig) -> dict[str, Any]:
 
 
 def _families() -> dict[str, Family]:
-    from transfuse.models.families import bart, bert, distilbert, gpt2, gpt_neo, llama, marian, native, roberta
+    from transfuse.models.families import bart, bert, distilbert, gpt2, gpt_neo, llama, marian, native, roberta, t5
 
-    found = (bart, bert, distilbert, gpt2, gpt_neo, llama, marian, native)
+    found = (bart, bert, distilbert, gpt2, gpt_neo, llama, marian, native, t5)
     return {family.name: family for family in (*(module.FAMILY for module in found), *roberta.FAMILIES)}
 
 
