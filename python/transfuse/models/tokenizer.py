@@ -140,6 +140,12 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return int(self.backend.get_vocab_size())
 
+    @property
+    def highest_id(self) -> int:
+        """The largest id that a text can become; tokens that were added for a role no text spells do not count."""
+        special = (i for i in self._ids.values() if i is not None)
+        return max(int(self.backend.get_vocab_size(with_added_tokens=False)) - 1, *special, 0)
+
     def encode(self, text: str, pair: str | None = None, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of one text (or of a pair, as the model joins pairs)."""
         for given in (text,) if pair is None else (text, pair):

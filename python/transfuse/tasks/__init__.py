@@ -1,11 +1,30 @@
 """Texts in, answers out: what a model and its tokenizer do together.
 
-A tokenizer is what :func:`transfuse.load_tokenizer` gives; the models are this package's.
+A tokenizer is what :func:`transfuse.load_tokenizer` gives; the models are this package's. Texts are taken one or many
+at a time, those of like length share a batch, and results come in the order of the texts.
 """
 
 from __future__ import annotations
 
+from transfuse.tasks.answering import Answer, answer
+from transfuse.tasks.classification import Entity, Label, classify, token_classify
 from transfuse.tasks.embedding import embed
-from transfuse.tasks.text import generate, stream_text
+from transfuse.tasks.filling import Filling, fill_mask
+from transfuse.tasks.text import count_tokens, generate, stream_text, summarize, translate
 
-__all__ = ["embed", "generate", "stream_text"]
+__all__ = [
+    "Answer",
+    "Entity",
+    "Filling",
+    "Label",
+    "answer",
+    "classify",
+    "count_tokens",
+    "embed",
+    "fill_mask",
+    "generate",
+    "stream_text",
+    "summarize",
+    "token_classify",
+    "translate",
+]

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from transfuse.errors import ArgumentError
-from transfuse.generation.decode import evaluating
-from transfuse.generation.prompt import counts_positions
+from transfuse.models.base import TransformerModel
+from transfuse.models.stack import Stack
+from transfuse.models.task_heads import ModelWithHead
 from transfuse.models.tokenizer import Tokenizer, as_texts
+from transfuse.tasks.running import check_pair, longest, run
 
 if TYPE_CHECKING:
     from transfuse.models import Decoder, Encoder
@@ -26,13 +28,14 @@ def embed(
     pooling: str = "mean",
     normalize: bool = True,
     max_length: int | None = None,
+    progress: bool | None = None,
 ) -> torch.Tensor:
     """Vectors whose cosine says how alike two texts are, if the model was trained for it.
 
     Texts of like length share a batch, so little is computed on padding; the order of the result is that of the texts.
 
     Args:
-        model: an Encoder or Decoder. Put into eval mode for the duration.
+        model: an Encoder or Decoder, or one with a task's head. Put into eval mode for the duration.
         tokenizer: the model's.
         texts: one text or several.
         batch_size: texts at a time.
@@ -40,13 +43,14 @@ def embed(
             or the ``last`` (decoders).
         normalize: scale every vector to length 1, so that a dot product is a cosine.
         max_length: cut longer texts to so many tokens; None: to what tokenizer and model allow.
+        progress: show a bar on standard error; None: on a terminal, if there is much to do.
 
     Returns:
         (texts, hidden_size) in the model's dtype, on its device; pooled in fp32.
 
     Raises:
         ArgumentError: pooling is unknown, batch_size or max_length below 1, a text without tokens, or a model of
-            another kind.
+            another kind. CheckpointError: the tokenizer is another model's.
 
     >>> import transfuse
     >>> from tokenizers import Tokenizer as Backend, models
@@ -57,33 +61,28 @@ def embed(
     >>> vectors.shape, torch.allclose(vectors @ vectors.T, torch.ones(3, 3)), torch.allclose(vectors[0], vectors[2])
     (torch.Size([3, 16]), False, True)
     """
+    # A model with a task's head has the stack that makes vectors inside.
+    body = model.body if isinstance(model, ModelWithHead) else model
+    if isinstance(body, TransformerModel) and not isinstance(body, Stack):
+        raise ArgumentError("embed: expected an Encoder or a Decoder, got an encoder-decoder; give its .encoder")
+    check_pair("embed", body, tokenizer, (Stack,), "transfuse.from_pretrained(..., task='encoder')")
     pool = _POOLS.get(pooling)
     if pool is None:
         raise ArgumentError(f"embed: pooling must be one of {', '.join(_POOLS)}, got {pooling!r}")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ArgumentError(f"embed: batch_size must be a whole number of at least 1, got {batch_size!r}")
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ArgumentError("embed: expected an Encoder or a Decoder, got an encoder-decoder; give its .encoder")
     texts = as_texts("embed: texts", texts)
-    limit = _limit(model, tokenizer) if max_length is None else max_length
+    limit = longest(body, tokenizer) if max_length is None else max_length
+    encodings = [windows[0] for windows in tokenizer.windows(texts, max_length=limit)]
+    if empty := [i for i, encoding in enumerate(encodings) if not encoding.ids]:
+        raise ArgumentError(f"embed: every text must hold a token, texts[{empty[0]}] is {texts[empty[0]]!r}")
     vectors: list[torch.Tensor] = [torch.empty(0)] * len(texts)
-    # A text's characters foretell its tokens well enough to sort by.
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = tokenizer([texts[i] for i in chosen], max_length=limit, padding_side="right", device=model.device)
-            tokens = batch["attention_mask"].bool()
-            if not bool(tokens.any(1).all()):
-                empty = chosen[int(tokens.any(1).int().argmin())] if tokens.shape[1] else chosen[0]
-                raise ArgumentError(f"embed: every text must hold a token, texts[{empty}] is {texts[empty]!r}")
-            hidden = model(**batch).last_hidden_state
-            pooled = pool(hidden.float(), tokens[..., None])
-            if normalize:
-                pooled = torch.nn.functional.normalize(pooled, dim=-1)
-            for i, vector in zip(chosen, pooled.to(hidden.dtype), strict=True):
-                vectors[i] = vector
+    for chosen, batch, out in run("embed", body, tokenizer, encodings, batch_size, progress):
+        assert out.last_hidden_state is not None
+        hidden = out.last_hidden_state
+        pooled = pool(hidden.float(), batch["attention_mask"].bool()[..., None])
+        if normalize:
+            pooled = torch.nn.functional.normalize(pooled, dim=-1)
+        for i, vector in zip(chosen, pooled.to(hidden.dtype), strict=True):
+            vectors[i] = vector
     if not texts:
         return torch.empty(0, model.config.hidden_size, dtype=model.dtype, device=model.device)
     return torch.stack(vectors)
@@ -96,11 +95,3 @@ _POOLS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "first": lambda hidden, tokens: hidden[:, 0],
     "last": lambda hidden, tokens: hidden[torch.arange(len(hidden), device=hidden.device), tokens.sum(1)[:, 0] - 1],
 }
-
-
-def _limit(model: Encoder | Decoder, tokenizer: Tokenizer) -> int | None:
-    """The longest input that both the tokenizer and the model were made for."""
-    limits = [tokenizer.settings.max_length]
-    if counts_positions(model.config):
-        limits.append(model.config.max_positions)
-    return min((n for n in limits if n is not None), default=None)

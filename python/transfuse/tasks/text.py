@@ -1,19 +1,24 @@
-"""Text in, text out: prompts continued by a decoder, or answered by an encoder-decoder."""
+"""Text in, text out: prompts continued by a decoder, or answered, translated, summarised by an encoder-decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from transfuse import generation
 from transfuse.errors import ArgumentError
+from transfuse.models import Decoder, Seq2Seq
 from transfuse.models.tokenizer import Tokenizer, as_texts
+from transfuse.tasks.running import at_least, batches, check_pair
 
-if TYPE_CHECKING:
-    from transfuse.models import Decoder, Seq2Seq
+# The knobs of generation that checkpoints set for a task in config.json.
+_TASK_KNOBS = (
+    "do_sample", "early_stopping", "length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+    "no_repeat_ngram_size", "num_beams", "repetition_penalty", "temperature", "top_k", "top_p",
+)  # fmt: skip
 
 
 def generate(
@@ -21,33 +26,30 @@ def generate(
     tokenizer: Tokenizer,
     prompts: str | Sequence[str],
     *,
-    max_new_tokens: int = 20,
-    min_new_tokens: int = 0,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
-    num_return_sequences: int = 1,
-    generator: torch.Generator | None = None,
     add_special_tokens: bool = True,
+    batch_size: int = 32,
+    progress: bool | None = None,
+    **knobs: Any,
 ) -> list[str]:
-    """What the model writes after each prompt, without the prompt; all prompts in one batch.
+    """What the model writes after each prompt, without the prompt.
 
     Args:
-        model, max_new_tokens, ..., generator: as for :func:`transfuse.generation.generate`.
+        model: a Decoder or a Seq2Seq.
         tokenizer: the model's.
         prompts: one text or several.
-        eos_token_id: None: the model's configuration's, else the tokenizer's.
         add_special_tokens: add what the model expects around a text; False for text from a chat template.
+        batch_size: prompts at a time; those of like length share a batch.
+        progress: show a bar on standard error; None: on a terminal, if there is much to do.
+        **knobs: as for :func:`transfuse.generation.generate`: max_new_tokens, temperature, generator, ... Where neither
+            they nor the model say which token ends a text, the tokenizer does.
 
     Returns:
         num_return_sequences texts for each prompt, those of one prompt next to one another; special tokens left out.
 
     Raises:
-        ArgumentError: as :func:`transfuse.generation.generate`; no prompt, or one without tokens.
+        ArgumentError: as :func:`transfuse.generation.generate`; the model is of another kind; no prompt, or one without
+            tokens.
+        CheckpointError: the tokenizer is another model's.
 
     >>> import transfuse
     >>> from tokenizers import Tokenizer as Backend, models
@@ -56,28 +58,25 @@ def generate(
     >>> [len(text.split()) for text in generate(model, tokenizer, ["ab", "c"], max_new_tokens=4)]
     [4, 4]
     """
-    batch = _encode(model, tokenizer, as_texts("generate: prompts", prompts), add_special_tokens)
-    ends = _ends(model, tokenizer, eos_token_id)
-    tokens = generation.generate(
-        model,
-        batch["input_ids"],
-        batch["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        num_return_sequences=num_return_sequences,
-        generator=generator,
-    )
-    # An encoder-decoder's own tokens begin with the one it starts from.
-    written = tokens[:, 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1] :]
-    return [tokenizer.decode(_until(row, ends)) for row in written.tolist()]
+    check_pair("generate", model, tokenizer, (Decoder, Seq2Seq), "encoders write no text")
+    at_least("generate", "batch_size", batch_size)
+    texts = as_texts("generate: prompts", prompts)
+    if not texts:
+        raise ArgumentError("generate: expected at least one prompt, got none")
+    encodings = [windows[0] for windows in tokenizer.windows(texts, add_special_tokens=add_special_tokens)]
+    _check_prompts(texts, [len(encoding.ids) for encoding in encodings])
+    knobs, ends = _with_ids(model, tokenizer, knobs)
+    written: list[list[str]] = [[] for _ in texts]
+    for chosen in batches([len(encoding.ids) for encoding in encodings], batch_size, "generate", progress):
+        batch = tokenizer.pad([encodings[i] for i in chosen], padding_side="left", device=model.device)
+        tokens = generation.generate(model, batch["input_ids"], batch["attention_mask"], **knobs)
+        # An encoder-decoder's own tokens begin with what it starts from.
+        first = _given(knobs) if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        rows = [tokenizer.decode(_until(row, ends)) for row in tokens[:, first:].tolist()]
+        copies = len(rows) // len(chosen)
+        for at, i in enumerate(chosen):
+            written[i] = rows[at * copies : (at + 1) * copies]
+    return [text for group in written for text in group]
 
 
 def stream_text(
@@ -85,17 +84,8 @@ def stream_text(
     tokenizer: Tokenizer,
     prompt: str,
     *,
-    max_new_tokens: int = 20,
-    min_new_tokens: int = 0,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
     add_special_tokens: bool = True,
+    **knobs: Any,
 ) -> Iterator[str]:
     """As :func:`generate` for one prompt, but piece by piece as the text is made: join them for the whole.
 
@@ -110,25 +100,186 @@ def stream_text(
     >>> "".join(pieces) == generate(model, tokenizer, "ab", max_new_tokens=4)[0]
     True
     """
-    batch = _encode(model, tokenizer, [prompt], add_special_tokens)
-    ends = _ends(model, tokenizer, eos_token_id)
-    steps = generation.stream(
-        model,
-        batch["input_ids"],
-        batch["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.pad_token_id,
-        generator=generator,
-    )
+    check_pair("generate", model, tokenizer, (Decoder, Seq2Seq), "encoders write no text")
+    batch = tokenizer(prompt, add_special_tokens=add_special_tokens, device=model.device)
+    _check_prompts([prompt], batch["attention_mask"].sum(1).tolist())
+    knobs, ends = _with_ids(model, tokenizer, knobs)
+    steps = generation.stream(model, batch["input_ids"], batch["attention_mask"], **knobs)
     return _pieces(tokenizer, steps, ends)
+
+
+def translate(
+    model: Seq2Seq,
+    tokenizer: Tokenizer,
+    texts: str | Sequence[str],
+    *,
+    source: str | None = None,
+    target: str | None = None,
+    prefix: str | None = None,
+    batch_size: int = 32,
+    progress: bool | None = None,
+    **knobs: Any,
+) -> list[str]:
+    """Each text in another language.
+
+    A model of one pair of languages (Marian's) needs to be told nothing. One of several takes ``target`` (a token such
+    as ``>>de<<`` in its vocabulary) or both ``source`` and ``target`` (T5, whose config.json has a prefix and knobs for
+    each pair).
+
+    Args:
+        model: a Seq2Seq.
+        tokenizer: the model's.
+        texts: one text or several.
+        source, target: languages, by the names that the checkpoint uses ("en", "de", "pt_BR").
+        prefix: what stands before every text instead, such as "translate English to German: ".
+        batch_size, progress: as for :func:`generate`.
+        **knobs: as for :func:`transfuse.generation.generate`, instead of those in config.json.
+
+    Returns:
+        num_return_sequences texts for each text, those of one text next to one another.
+
+    Raises:
+        ArgumentError: as :func:`generate`, or the checkpoint does not know the languages.
+        CheckpointError: the tokenizer is another model's.
+
+    >>> import transfuse
+    >>> from tokenizers import Tokenizer as Backend, models
+    >>> tokenizer = transfuse.models.tokenizer.Tokenizer(Backend(models.BPE({"a": 0, "b": 1, "c": 2}, [])))
+    >>> config = transfuse.TransformerConfig("encoder_decoder", 3, 16, num_layers=1, num_heads=2, bos_token_id=0)
+    >>> [len(text.split()) for text in translate(transfuse.Seq2Seq(config), tokenizer, ["ab", "c"], max_new_tokens=4)]
+    [4, 4]
+    """
+    check_pair("translate", model, tokenizer, (Seq2Seq,), "it needs an encoder-decoder (T5, Marian, BART)")
+    settings: Mapping[str, Any] = {}
+    if prefix is None:
+        settings, prefix = _translation(model, tokenizer, source, target)
+    return _rewrite(
+        model, tokenizer, as_texts("translate: texts", texts), prefix, settings, batch_size, progress, knobs
+    )
+
+
+def summarize(
+    model: Seq2Seq,
+    tokenizer: Tokenizer,
+    texts: str | Sequence[str],
+    *,
+    prefix: str | None = None,
+    batch_size: int = 32,
+    progress: bool | None = None,
+    **knobs: Any,
+) -> list[str]:
+    """Each text in short.
+
+    Args:
+        model: a Seq2Seq.
+        tokenizer: the model's.
+        texts: one text or several.
+        prefix: what stands before every text; None: what config.json has for the task ("summarize: " in T5's).
+        batch_size, progress: as for :func:`generate`.
+        **knobs: as for :func:`transfuse.generation.generate`, instead of those in config.json.
+
+    Returns:
+        num_return_sequences texts for each text, those of one text next to one another.
+
+    Raises:
+        ArgumentError: as :func:`generate`. CheckpointError: the tokenizer is another model's.
+
+    >>> import transfuse
+    >>> from tokenizers import Tokenizer as Backend, models
+    >>> tokenizer = transfuse.models.tokenizer.Tokenizer(Backend(models.BPE({"a": 0, "b": 1, "c": 2}, [])))
+    >>> config = transfuse.TransformerConfig("encoder_decoder", 3, 16, num_layers=1, num_heads=2, bos_token_id=0)
+    >>> len(summarize(transfuse.Seq2Seq(config), tokenizer, "abc", max_new_tokens=4))
+    1
+    """
+    check_pair("summarize", model, tokenizer, (Seq2Seq,), "it needs an encoder-decoder (T5, BART)")
+    settings = _task_params(model).get("summarization", {})
+    if prefix is None:
+        prefix = _prefix(model, settings)
+    return _rewrite(
+        model, tokenizer, as_texts("summarize: texts", texts), prefix, settings, batch_size, progress, knobs
+    )
+
+
+def count_tokens(tokenizer: Tokenizer, texts: str | Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
+    """How many tokens each text is for the model.
+
+    Args:
+        tokenizer: the model's.
+        texts: one text or several.
+        add_special_tokens: count what the model expects around a text too.
+
+    Raises:
+        ArgumentError: there is no tokenizer, or a text is none.
+
+    >>> import transfuse
+    >>> from tokenizers import Tokenizer as Backend, models
+    >>> tokenizer = transfuse.models.tokenizer.Tokenizer(Backend(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])))
+    >>> count_tokens(tokenizer, ["abab", "ba", ""])
+    [2, 2, 0]
+    """
+    if not isinstance(tokenizer, Tokenizer):
+        raise ArgumentError(f"count_tokens: expected a tokenizer, got {type(tokenizer).__name__}")
+    windows = tokenizer.windows(as_texts("count_tokens: texts", texts), add_special_tokens=add_special_tokens)
+    return [len(found[0].ids) for found in windows]
+
+
+def _rewrite(
+    model: Seq2Seq,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    prefix: str,
+    settings: Mapping[str, Any],
+    batch_size: int,
+    progress: bool | None,
+    knobs: dict[str, Any],
+) -> list[str]:
+    """What the model writes for each text behind the prefix."""
+    for name, text in enumerate(texts):
+        if not text.strip():
+            raise ArgumentError(f"every text must hold a word, texts[{name}] is {text!r}")
+    known = {name: settings[name] for name in _TASK_KNOBS if settings.get(name) is not None}
+    for new, old in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if knobs.get(new) is not None:  # the caller's say replaces the checkpoint's in either form
+            known.pop(old, None)
+    given = [prefix + text for text in texts]
+    return generate(model, tokenizer, given, batch_size=batch_size, progress=progress, **{**known, **knobs})
+
+
+def _translation(
+    model: Seq2Seq, tokenizer: Tokenizer, source: str | None, target: str | None
+) -> tuple[Mapping[str, Any], str]:
+    """What the checkpoint says of a pair of languages: knobs, and what to write before a text.
+
+    Raises:
+        ArgumentError: it knows pairs, but not this one.
+    """
+    pairs = {name: params for name, params in _task_params(model).items() if name.startswith("translation_")}
+    params = pairs.get(f"translation_{source}_to_{target}")
+    if params is None and source is None and target is None and len(pairs) == 1:
+        params = next(iter(pairs.values()))
+    if params is not None:
+        return params, _prefix(model, params)
+    if pairs:
+        known = ", ".join(name.removeprefix("translation_") for name in pairs)
+        raise ArgumentError(
+            f"translate: the checkpoint translates {known}; got source {source!r} and target {target!r}: give one of "
+            "these pairs, or prefix="
+        )
+    if target is not None and tokenizer.backend.token_to_id(f">>{target}<<") is not None:
+        return {}, f">>{target}<< "
+    return {}, _prefix(model, {})
+
+
+def _task_params(model: Seq2Seq) -> Mapping[str, Any]:
+    """task_specific_params of config.json, where it is what it should be."""
+    given = model.task_settings.get("task_specific_params")
+    return {name: v for name, v in given.items() if isinstance(v, Mapping)} if isinstance(given, Mapping) else {}
+
+
+def _prefix(model: Seq2Seq, params: Mapping[str, Any]) -> str:
+    """What the checkpoint puts before a text."""
+    given = params.get("prefix", model.task_settings.get("prefix"))
+    return given if isinstance(given, str) else ""
 
 
 def _pieces(tokenizer: Tokenizer, steps: Iterator[torch.Tensor], ends: tuple[int, ...]) -> Iterator[str]:
@@ -142,24 +293,30 @@ def _pieces(tokenizer: Tokenizer, steps: Iterator[torch.Tensor], ends: tuple[int
         yield rest
 
 
-def _encode(
-    model: Decoder | Seq2Seq, tokenizer: Tokenizer, prompts: list[str], add_special_tokens: bool
-) -> dict[str, torch.Tensor]:
-    if not prompts:
-        raise ArgumentError("generate: expected at least one prompt, got none")
-    batch = tokenizer(prompts, padding_side="left", add_special_tokens=add_special_tokens, device=model.device)
-    lengths = batch["attention_mask"].sum(1).tolist()
-    for i, length in enumerate(lengths):
+def _check_prompts(prompts: list[str], lengths: list[int]) -> None:
+    for prompt, (i, length) in zip(prompts, enumerate(lengths), strict=True):
         if length == 0:
-            raise ArgumentError(f"generate: every prompt must hold a token, prompts[{i}] is {prompts[i]!r}")
-    return batch
+            raise ArgumentError(f"generate: every prompt must hold a token, prompts[{i}] is {prompt!r}")
 
 
-def _ends(model: Decoder | Seq2Seq, tokenizer: Tokenizer, given: int | Sequence[int] | None) -> tuple[int, ...]:
-    for ids in (given, model.config.eos_token_id, tokenizer.eos_token_id):
-        if ids is not None:
-            return (ids,) if isinstance(ids, int) else tuple(ids)
-    return ()
+def _with_ids(
+    model: Decoder | Seq2Seq, tokenizer: Tokenizer, knobs: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """The knobs with what the tokenizer knows, and the tokens that end a text."""
+    found = (knobs.get("eos_token_id"), model.config.eos_token_id, tokenizer.target.eos_token_id)
+    ends = next((ids for ids in found if ids is not None), ())
+    knobs = {**knobs, "eos_token_id": ends}
+    if knobs.get("pad_token_id") is None:
+        knobs["pad_token_id"] = tokenizer.target.pad_token_id
+    if knobs.get("stop_strings"):
+        knobs.setdefault("tokenizer", tokenizer)
+    return knobs, (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def _given(knobs: Mapping[str, Any]) -> int:
+    """How many tokens an encoder-decoder's output begins with that were given."""
+    start = knobs.get("decoder_input_ids")
+    return 1 if start is None else int(start.shape[1])
 
 
 def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
