@@ -482,4 +482,4 @@ def test_context_of_an_endless_position_scheme():
 
 def test_every_error_is_ours():
     assert issubclass(ArgumentError, TransfuseError)
-    assert generation.__all__ == ["Processor", "generate", "stream"]
+    assert generation.__all__ == ["Generated", "GenerationConfig", "Knobs", "Processor", "generate", "stream"]

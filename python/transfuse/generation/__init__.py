@@ -1,10 +1,12 @@
-"""Text from a model, token by token: greedy or sampled, one code path for decoders and encoder-decoders.
+"""Text from a model, token by token: greedy, drawn or by beam search, one code path for decoders and encoder-decoders.
 
 A model is anything with
 
 * ``config`` (or not): ``vocab_size``, ``max_positions``, ``eos_token_id``, ``is_encoder_decoder``, ... count;
+* ``generation_config`` (or not): a :class:`GenerationConfig`, the defaults of its checkpoint;
 * ``new_cache(batch, max_length)``: a key/value cache for that many rows and positions. With ``cache.select(rows)``,
-  rows that have ended leave the batch;
+  rows that have ended leave the batch; with ``widen(copies)``, the prompt of several sequences is read once; guessed
+  tokens need ``crop(length)``, and beams ``widen`` and ``reorder(rows, start)``;
 * ``model(input_ids, attention_mask=, position_ids=, cache=, last_logits_only=)`` for a decoder. ``attention_mask``
   covers what is in the cache and what comes, (batch, past + new); it and ``position_ids`` are None without padding, the
   latter also where ``config.position`` is "relative" or "none";
@@ -15,40 +17,72 @@ A model is anything with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
 from transfuse.errors import ArgumentError, DeviceError
-from transfuse.generation.decode import decode, evaluating
+from transfuse.generation.beams import beam_search
+from transfuse.generation.decode import decode
 from transfuse.generation.processors import Processor
-from transfuse.generation.prompt import Ids, Prompt, prepare, special_ids
-from transfuse.generation.settings import Settings
+from transfuse.generation.prompt import Ids, Prompt, check_assistant, prepare, special_ids
+from transfuse.generation.reader import evaluating
+from transfuse.generation.results import Generated
+from transfuse.generation.settings import GenerationConfig, Knobs
+from transfuse.generation.stopping import Ends
 
-__all__ = ["Processor", "generate", "stream"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Generated", "GenerationConfig", "Knobs", "Processor", "generate", "stream"]
+
+
+@overload
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    decoder_input_ids: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    tokenizer: Any = None,
+    assistant_model: Any = None,
+    output_scores: Literal[False] = False,
+    **knobs: Unpack[Knobs],
+) -> torch.Tensor: ...
+
+
+@overload
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    decoder_input_ids: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    tokenizer: Any = None,
+    assistant_model: Any = None,
+    output_scores: Literal[True],
+    **knobs: Unpack[Knobs],
+) -> Generated: ...
 
 
 def generate(
     model: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int = 20,
-    min_new_tokens: int = 0,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    num_return_sequences: int = 1,
-    generator: torch.Generator | None = None,
     decoder_input_ids: torch.Tensor | None = None,
-    decoder_start_token_id: int | None = None,
-) -> torch.Tensor:
+    generator: torch.Generator | None = None,
+    tokenizer: Any = None,
+    assistant_model: Any = None,
+    output_scores: bool = False,
+    **knobs: Unpack[Knobs],
+) -> torch.Tensor | Generated:
     """Continue each prompt. Names and meanings as in transformers' GenerationConfig.
 
     Args:
@@ -56,65 +90,67 @@ def generate(
         input_ids: (batch, length) int64 or int32. Prompts of unequal length are padded on the left (a decoder) or on
             either side (an encoder-decoder, where this is the encoder's input).
         attention_mask: (batch, length), 1 = token, 0 = padding; None: no padding.
-        max_new_tokens: how many tokens to add at most.
-        min_new_tokens: no end before that many.
-        do_sample: draw tokens (True) or take the likeliest (False); None: draw if one of the next four is given.
-        temperature: divides the scores; 0 is greedy.
-        top_k: draw among the k likeliest only.
-        top_p: draw among the likeliest that together reach this probability only.
-        min_p: draw among tokens at least this many times as likely as the likeliest only.
-        repetition_penalty: above 1 makes tokens that occurred (padding does not count) less likely.
-        eos_token_id: one id or several, each ends its row; None: the configuration's; () for none.
-        pad_token_id: fills ended rows; None: the configuration's, else the first eos_token_id, else 0.
-        num_return_sequences: draws a prompt; rows of one prompt are next to one another.
+        generation_config: the knobs; None: those of the model's checkpoint, if it has any.
+        decoder_input_ids: (batch, n) what the decoder of an encoder-decoder continues; None: decoder_start_token_id.
         generator: the source of randomness, on the model's device; None: torch's own.
-        decoder_input_ids: (batch, n) what the decoder of an encoder-decoder continues.
-        decoder_start_token_id: or the one token it starts from; None: the configuration's.
+        tokenizer: what ``stop_strings`` are read with: anything whose ``decode(ids)`` gives text.
+        assistant_model: a smaller model of the same vocabulary that guesses ahead; the text stays the same.
+        output_scores: also give the scores, see :class:`Generated`.
+        **knobs: the fields of :class:`GenerationConfig`, which describes them, each in place of generation_config's:
+            max_new_tokens, max_length, min_new_tokens, min_length, do_sample, temperature, top_k, top_p, min_p,
+            typical_p, repetition_penalty, no_repeat_ngram_size, encoder_no_repeat_ngram_size, bad_words_ids,
+            forced_bos_token_id, forced_eos_token_id, num_beams, length_penalty, early_stopping, num_return_sequences,
+            eos_token_id, pad_token_id, decoder_start_token_id, stop_strings, prompt_lookup_num_tokens,
+            num_assistant_tokens.
 
     Returns:
         (batch * num_return_sequences, length + new) int64: prompt and continuation (an encoder-decoder: the decoder's
-        tokens), as long as the longest row, ended rows filled with pad_token_id.
+        tokens), as long as the longest row, ended rows filled with pad_token_id. Rows of one prompt are next to one
+        another; those of a beam search are sorted, best first.
 
     Raises:
-        ArgumentError: a knob is out of range, the prompt is empty, too long for the context or padded on the right, or
-            an id is outside the vocabulary; or, while it runs, the model's scores are NaN or infinite. DtypeError,
-            DeviceError: as their names say.
+        ArgumentError: a knob is unknown or out of range, the prompt is empty, too long for the context or padded on the
+            right, or an id is outside the vocabulary; or, while it runs, the model's scores are NaN or infinite.
+        DtypeError, DeviceError: as their names say.
 
     >>> import torch, transfuse
     >>> config = transfuse.TransformerConfig("decoder", vocab_size=50, hidden_size=16, num_layers=1, num_heads=2)
     >>> model = transfuse.Decoder(config)
     >>> generate(model, torch.tensor([[3, 1, 4]]), max_new_tokens=5).shape
     torch.Size([1, 8])
+    >>> generate(model, torch.tensor([[3, 1, 4]]), num_beams=3, num_return_sequences=2, max_new_tokens=5).shape
+    torch.Size([2, 8])
     """
-    prompt, settings, ids = _check(
-        model, input_ids, attention_mask, max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p,
-        repetition_penalty, eos_token_id, pad_token_id, num_return_sequences, generator, decoder_input_ids,
-        decoder_start_token_id,
+    request = _check(
+        model, input_ids, attention_mask, generation_config, knobs, decoder_input_ids, generator, tokenizer,
+        assistant_model,
     )  # fmt: skip
-    with evaluating(model):
-        new = list(decode(model, prompt, settings, ids, generator))
-    return torch.cat([prompt.tokens, torch.stack(new, 1)], 1)
+    prompt, settings, ids, ends = request
+    with evaluating(model), evaluating(assistant_model):
+        if settings.num_beams > 1:
+            found = beam_search(model, prompt, settings, ids, ends, generator)
+            return found if output_scores else found.sequences
+        steps = list(decode(model, *request, generator, assistant_model, scored=output_scores))
+    tokens = torch.stack([token for token, _ in steps], 1)
+    sequences = torch.cat([prompt.tokens.repeat_interleave(settings.num_return_sequences, 0), tokens], 1)
+    if not output_scores:
+        return sequences
+    scores = torch.stack([score for _, score in steps if score is not None], 1)  # NaN behind the end
+    made = (~scores.isnan()).sum(1)
+    return Generated(sequences, scores.nan_to_num_(0.0), scores.nansum(1) / made**settings.length_penalty)
 
 
 def stream(
     model: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
-    max_new_tokens: int = 20,
-    min_new_tokens: int = 0,
-    do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
-    pad_token_id: int | None = None,
-    num_return_sequences: int = 1,
-    generator: torch.Generator | None = None,
     decoder_input_ids: torch.Tensor | None = None,
-    decoder_start_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+    tokenizer: Any = None,
+    assistant_model: Any = None,
+    **knobs: Unpack[Knobs],
 ) -> Iterator[torch.Tensor]:
     """As :func:`generate`, but an iterator: the new tokens of each step, (batch * num_return_sequences,) int64.
 
@@ -127,46 +163,59 @@ def stream(
     >>> len([int(token) for token in stream(model, torch.tensor([[3, 1, 4]]), max_new_tokens=5)])
     5
     """
-    prompt, settings, ids = _check(
-        model, input_ids, attention_mask, max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p,
-        repetition_penalty, eos_token_id, pad_token_id, num_return_sequences, generator, decoder_input_ids,
-        decoder_start_token_id,
+    request = _check(
+        model, input_ids, attention_mask, generation_config, knobs, decoder_input_ids, generator, tokenizer,
+        assistant_model,
     )  # fmt: skip
-    return _evaluated(model, decode(model, prompt, settings, ids, generator))
+    if (beams := request[1].num_beams) > 1:
+        raise ArgumentError(
+            f"stream: a beam search knows its text only at the end, got num_beams={beams}; give num_beams=1, or call "
+            "generate"
+        )
+    return _evaluated(model, assistant_model, decode(model, *request, generator, assistant_model))
 
 
-def _evaluated(model: Any, steps: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    with evaluating(model):
-        yield from steps
+def _evaluated(
+    model: Any, assistant: Any, steps: Iterator[tuple[torch.Tensor, torch.Tensor | None]]
+) -> Iterator[torch.Tensor]:
+    with evaluating(model), evaluating(assistant):
+        for tokens, _ in steps:
+            yield tokens
 
 
 def _check(
     model: Any,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    max_new_tokens: int,
-    min_new_tokens: int,
-    do_sample: bool | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float,
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None,
-    num_return_sequences: int,
-    generator: torch.Generator | None,
+    generation_config: GenerationConfig | None,
+    knobs: Knobs,
     decoder_input_ids: torch.Tensor | None,
-    decoder_start_token_id: int | None,
-) -> tuple[Prompt, Settings, Ids]:
-    settings = Settings(
-        max_new_tokens, min_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
-        num_return_sequences,
-    )  # fmt: skip
-    if not hasattr(model, "new_cache"):
-        raise ArgumentError(f"generate: expected a model with new_cache, such as a Decoder, got {type(model).__name__}")
+    generator: torch.Generator | None,
+    tokenizer: Any,
+    assistant: Any,
+) -> tuple[Prompt, GenerationConfig, Ids, Ends]:
+    """Everything that can be wrong, asked before anything runs."""
+    for role, m in (("", model), ("as assistant_model ", assistant)):
+        if not hasattr(m, "new_cache") and (m is not None or not role):
+            raise ArgumentError(
+                f"generate: expected {role}a model with new_cache, such as a Decoder, got {type(m).__name__}"
+            )
     config = getattr(model, "config", None)
-    prompt = prepare(config, input_ids, attention_mask, decoder_input_ids, decoder_start_token_id, settings)
+    settings = generation_config or getattr(model, "generation_config", None) or GenerationConfig()
+    if not isinstance(settings, GenerationConfig):
+        raise ArgumentError(
+            f"generate: generation_config must be a transfuse GenerationConfig, got {type(settings).__name__}"
+        )
+    settings = settings.replaced(knobs)
+    if knobs.get("decoder_start_token_id") is not None and not getattr(config, "is_encoder_decoder", False):
+        raise ArgumentError("generate: decoder_input_ids and decoder_start_token_id need an encoder-decoder model")
+    prompt = prepare(config, input_ids, attention_mask, decoder_input_ids, settings)
+    ids = special_ids(config, settings)
+    ends = Ends(ids.eos, settings.stop_strings, tokenizer)
+    if assistant is not None:
+        if settings.num_beams > 1 or settings.prompt_lookup_num_tokens is not None:
+            raise ArgumentError("generate: assistant_model needs num_beams=1 and no prompt_lookup_num_tokens")
+        check_assistant(config, getattr(assistant, "config", None), prompt)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ArgumentError(
             f"generate: generator must be a torch.Generator, got {type(generator).__name__}; "
@@ -174,4 +223,4 @@ def _check(
         )
     if generator is not None and generator.device.type != input_ids.device.type:
         raise DeviceError(f"generate: generator must be on {input_ids.device} like input_ids, got {generator.device}")
-    return prompt, settings, special_ids(config, eos_token_id, pad_token_id)
+    return prompt, settings, ids, ends

@@ -1,75 +1,71 @@
-"""The loop: score, process, choose, append; one step a token, for decoders and encoder-decoders alike."""
+"""The loop: read, process, choose, append; for decoders and encoder-decoders, plain and with guessed tokens, alike."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from transfuse.errors import ArgumentError
-from transfuse.generation.processors import compose
-from transfuse.generation.prompt import Ids, Prompt, counts_positions
-from transfuse.generation.settings import Settings
+from transfuse.generation.chain import Chain
+from transfuse.generation.prompt import Ids, Prompt
+from transfuse.generation.reader import Reader, evaluating
+from transfuse.generation.settings import GenerationConfig
+from transfuse.generation.speculative import make_drafter
+from transfuse.generation.stopping import Ends
 
-# Module -> (how many use it in eval mode now, whether it goes back to training mode after the last of them).
-_in_use: WeakKeyDictionary[torch.nn.Module, tuple[int, bool]] = WeakKeyDictionary()
-_in_use_lock = threading.RLock()
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """The model in eval mode, and every part of it back in training mode afterwards if that is where it was.
-
-    Where several threads or streams use a model at a time, afterwards is when the last of them is done.
-    """
-    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
-    with _in_use_lock:
-        for module in modules:
-            users, trains = _in_use.get(module, (0, False))
-            _in_use[module] = (users + 1, trains or module.training)
-            module.training = False
-    try:
-        yield
-    finally:
-        with _in_use_lock:
-            for module in modules:
-                users, trains = _in_use.pop(module)
-                if users > 1:
-                    _in_use[module] = (users - 1, trains)
-                elif trains:
-                    module.training = True
+__all__ = ["check_scores", "choose", "decode", "evaluating"]
 
 
 @torch.no_grad()
 def decode(
-    model: Any, prompt: Prompt, settings: Settings, ids: Ids, generator: torch.Generator | None
-) -> Iterator[torch.Tensor]:
-    """Yield each step's tokens (rows,), ``ids.pad`` for rows that have ended, until all have or the budget is spent."""
-    length = prompt.tokens.shape[1]
-    eos = torch.tensor(ids.eos, dtype=torch.int64, device=prompt.tokens.device)
-    chain = compose(settings, eos, length)
-    reader = _Reader(model, prompt, length + settings.max_new_tokens - 1)  # the last new token is never read
-    rows = _Rows(prompt.tokens, ids.pad)
-    history = _without_padding(prompt)  # (rows, length so far): what the processors see
-    tokens = prompt.tokens
-    for step in range(settings.max_new_tokens):
-        scores = reader.scores(tokens).float()
-        for process in chain:
-            scores = process(scores, history)
-        tokens = choose(scores, settings.samples, generator)
-        yield rows.padded(tokens)
-        if step + 1 == settings.max_new_tokens or (ids.eos and rows.end(torch.isin(tokens, eos))):
-            return
-        tokens = tokens[:, None]
-        history = torch.cat([history, tokens], 1)
-        kept = rows.worth_keeping()
+    model: Any,
+    prompt: Prompt,
+    settings: GenerationConfig,
+    ids: Ids,
+    ends: Ends,
+    generator: torch.Generator | None,
+    assistant: Any = None,
+    scored: bool = False,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Yield each step's tokens (rows,), ``ids.pad`` for rows that have ended, until all have or the budget is spent.
+
+    With each come the tokens' log-probabilities (rows,), NaN for rows that have ended, if ``scored``.
+
+    An assistant's guesses, or prompt lookup's, are read together with the newest token; every one that is what would
+    have been chosen anyway saves a step. So the text is that of the plain loop, drawn or not: the same choices in the
+    same order.
+    """
+    copies, length = settings.num_return_sequences, prompt.tokens.shape[1]
+    drafter = make_drafter(model, assistant, prompt, settings, ids)
+    reader = Reader(model, prompt, copies, needs=("crop",) if drafter else ())
+    logits = reader.begin()  # (rows, 1, vocab)
+    chain = Chain(settings, ids, length, prompt.budget, reader.encoder_tokens())
+    history = prompt.history().repeat_interleave(copies, 0)  # (rows, length so far)
+    draft = history[:, :0]  # (rows, guesses)
+    rows = _Rows(history.shape[0], history.device)
+    while True:
+        for i in range(draft.shape[1] + 1):
+            scores = rows.quieted(chain(logits[:, i], history))
+            tokens = choose(scores, settings.samples, generator)
+            found = scores.log_softmax(-1).gather(-1, tokens[:, None])[:, 0] if scored else None
+            yield rows.padded(tokens, ids.pad), None if found is None else rows.padded(found, float("nan"))
+            history = torch.cat([history, tokens[:, None]], 1)
+            made = history.shape[1] - length
+            if made == prompt.budget or (ends and rows.end(ends.reached(history, made))):
+                return
+            kept = rows.worth_keeping()
+            if kept is not None or i == draft.shape[1] or not rows.agree(tokens, draft[:, i]):
+                break
+        reader.crop(history.shape[1] - 1)
         if kept is not None and reader.keep(kept):
-            rows.keep(kept)
-            tokens, history = tokens[kept], history[kept]
+            for part in (rows, chain, drafter):
+                if part is not None:
+                    part.keep(kept)
+            history = history[kept]
+        draft = drafter.guess(history, prompt.budget - made - 1) if drafter else history[:, :0]
+        logits = reader.read(torch.cat([history[:, reader.length :], draft], 1))
 
 
 def choose(scores: torch.Tensor, sample: bool, generator: torch.Generator | None) -> torch.Tensor:
@@ -79,32 +75,49 @@ def choose(scores: torch.Tensor, sample: bool, generator: torch.Generator | None
         ArgumentError: a row's highest score is NaN or infinite, so that no token means anything.
     """
     highest, likeliest = scores.max(-1)
-    if not bool(highest.isfinite().all()):
-        raise ArgumentError(
-            f"generate: the model's scores must be finite, got {float(highest[~highest.isfinite()][0])}; the weights "
-            "are damaged, or too large for this dtype (float16 ends at 65504: take bfloat16 or float32) or for "
-            "repetition_penalty"
-        )
+    check_scores(highest)
     if not sample:
         return likeliest
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
 
 
+def check_scores(highest: torch.Tensor) -> None:
+    """Raises ArgumentError unless the highest processed score of every row is a finite number."""
+    if bool(highest.isfinite().all()):
+        return
+    worst = float(highest[~highest.isfinite()][0])
+    if worst == float("-inf"):
+        raise ArgumentError(
+            "generate: some token must remain, but bad_words_ids, no_repeat_ngram_size or min_new_tokens leave none"
+        )
+    raise ArgumentError(
+        f"generate: the model's scores must be finite, got {worst}; the weights are damaged, or too large for this "
+        "dtype (float16 ends at 65504: take bfloat16 or float32) or for repetition_penalty"
+    )
+
+
 class _Rows:
     """Which rows still run. Ended ones go on as padding until half of the batch has ended, and then leave it."""
 
-    def __init__(self, tokens: torch.Tensor, pad: int) -> None:
-        self._padding = torch.full_like(tokens[:, 0], pad)  # (all rows,)
-        self._running = torch.ones_like(tokens[:, 0], dtype=torch.bool)  # (rows in the batch,)
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._total = self._count = count
+        self._running = torch.ones(count, dtype=torch.bool, device=device)  # (rows in the batch,)
         self._numbers: torch.Tensor | None = None  # (rows in the batch,) which row each is; None: all are there
-        self._count = tokens.shape[0]
 
-    def padded(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The step's tokens (rows in the batch,) as (all rows,), with padding in those that have ended."""
+    def padded(self, values: torch.Tensor, fill: float) -> torch.Tensor:
+        """A step's values (rows in the batch,) as (all rows,), with ``fill`` in those that have ended."""
+        values = values.masked_fill(~self._running, fill)
         if self._numbers is None:
-            return torch.where(self._running, tokens, self._padding)
-        tokens = torch.where(self._running, tokens, self._padding[: tokens.shape[0]])
-        return self._padding.index_copy(0, self._numbers, tokens)
+            return values
+        return values.new_full((self._total,), fill).index_copy_(0, self._numbers, values)
+
+    def quieted(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores that cannot fail in rows that have ended: what they would say next is of no interest."""
+        return scores if self._count == self._running.shape[0] else scores.masked_fill(~self._running[:, None], 0.0)
+
+    def agree(self, tokens: torch.Tensor, guesses: torch.Tensor) -> bool:
+        """Whether every running row's token was guessed right."""
+        return bool(((tokens == guesses) | ~self._running).all())
 
     def end(self, ended: torch.Tensor) -> bool:
         """Note the rows that end with this step; True if none is left."""
@@ -120,51 +133,3 @@ class _Rows:
         """Drop the others."""
         self._numbers = kept if self._numbers is None else self._numbers[kept]
         self._running = self._running[kept]
-
-
-class _Reader:
-    """Feeds tokens to the model, each once, and gives the scores of what follows them."""
-
-    def __init__(self, model: Any, prompt: Prompt, length: int) -> None:
-        self._model = model
-        self._source, self._source_mask = prompt.source, prompt.source_mask
-        self._mask = prompt.mask
-        self._counts = counts_positions(getattr(model, "config", None))
-        self._cache = model.new_cache(prompt.tokens.shape[0], length)
-
-    def scores(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens: (rows, n), those not read before -> (rows, vocab)."""
-        if self._source is not None:
-            out = self._model(
-                self._source,
-                attention_mask=self._source_mask,
-                decoder_input_ids=tokens,
-                cache=self._cache,
-                last_logits_only=True,
-            )
-            return out.logits[:, -1]
-        mask, positions = self._mask, None
-        if mask is not None:
-            # Padding on the left takes no positions: a row means the same in a batch and alone.
-            if self._counts:
-                positions = (mask.cumsum(1) - 1).clamp_min_(0)[:, -tokens.shape[1] :]
-            self._mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
-        out = self._model(tokens, attention_mask=mask, position_ids=positions, cache=self._cache, last_logits_only=True)
-        return out.logits[:, -1]
-
-    def keep(self, rows: torch.Tensor) -> bool:
-        """Go on with these rows alone; False if the model's cache cannot."""
-        if not hasattr(self._cache, "select"):
-            return False
-        self._cache.select(rows)
-        self._mask, self._source, self._source_mask = (
-            None if t is None else t[rows] for t in (self._mask, self._source, self._source_mask)
-        )
-        return True
-
-
-def _without_padding(prompt: Prompt) -> torch.Tensor:
-    """The prompt's tokens with its padding replaced by its last token, which is a real one."""
-    if prompt.mask is None:
-        return prompt.tokens
-    return torch.where(prompt.mask.bool(), prompt.tokens, prompt.tokens[:, -1:])

@@ -1,20 +1,18 @@
 """What may happen to the scores between the model and the choice of the next token: small pure functions.
 
-Each takes scores (batch, vocab) in fp32 and returns new ones; a token is removed by a score of -inf. The names and
-the meaning of every knob are those of transformers' GenerationConfig. :func:`compose` puts them in transformers' order.
+Each takes scores (rows, vocab) in fp32 and returns new ones; a token is removed by a score of -inf. The names and the
+meaning of every knob are those of transformers' GenerationConfig. :mod:`transfuse.generation.chain` strings them
+together. Tokens are (rows, length), -1 where a row is padded: padding neither repeats nor matches anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 
-from transfuse.generation.settings import Settings
-
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(scores (batch, vocab), tokens so far (batch, length)) -> scores."""
+"""(scores (rows, vocab), tokens so far (rows, length)) -> scores."""
 
 NEG_INF = float("-inf")
 
@@ -29,17 +27,17 @@ def scale_temperature(scores: torch.Tensor, temperature: float) -> torch.Tensor:
     return scores / min(max(temperature, 1e-30), 1e30)
 
 
-def keep_top_k(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Keep the top_k highest scores of each row, and whatever ties with the last of them.
+def keep_top_k(scores: torch.Tensor, top_k: int, least: int = 1) -> torch.Tensor:
+    """Keep the top_k highest scores of each row, and whatever ties with the last of them; ``least`` at least.
 
     >>> keep_top_k(torch.tensor([[1.0, 3.0, 2.0, 2.0]]), 2)
     tensor([[-inf, 3., 2., 2.]])
     """
-    least = scores.topk(min(top_k, scores.shape[-1]), dim=-1).values[:, -1:]
-    return scores.masked_fill(scores < least, NEG_INF)
+    lowest = scores.topk(min(max(top_k, least), scores.shape[-1]), dim=-1).values[:, -1:]
+    return scores.masked_fill(scores < lowest, NEG_INF)
 
 
-def keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
+def keep_top_p(scores: torch.Tensor, top_p: float, least: int = 1) -> torch.Tensor:
     """Keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2019, nucleus).
 
     >>> keep_top_p(torch.tensor([[0.1, 0.2, 0.7]]).log(), 0.8).exp()
@@ -47,32 +45,106 @@ def keep_top_p(scores: torch.Tensor, top_p: float) -> torch.Tensor:
     """
     ascending, order = scores.sort(dim=-1)
     remove = ascending.softmax(-1).cumsum(-1) <= 1.0 - top_p
-    remove[:, -1] = False
+    remove[:, -least:] = False
     return scores.masked_fill(torch.empty_like(remove).scatter_(-1, order, remove), NEG_INF)
 
 
-def keep_min_p(scores: torch.Tensor, min_p: float) -> torch.Tensor:
+def keep_min_p(scores: torch.Tensor, min_p: float, least: int = 1) -> torch.Tensor:
     """Keep tokens at least min_p times as likely as the likeliest one (Nguyen et al. 2024).
 
     >>> keep_min_p(torch.tensor([[0.1, 0.2, 0.7]]).log(), 0.2).exp()
     tensor([[0.0000, 0.2000, 0.7000]])
     """
     probabilities = scores.softmax(-1)
-    most, likeliest = probabilities.max(-1, keepdim=True)
-    remove = (probabilities < min_p * most).scatter_(-1, likeliest, False)
+    likeliest = probabilities.topk(min(least, scores.shape[-1]), dim=-1)
+    remove = (probabilities < min_p * likeliest.values[:, :1]).scatter_(-1, likeliest.indices, False)
     return scores.masked_fill(remove, NEG_INF)
 
 
+def keep_typical(scores: torch.Tensor, typical_p: float, least: int = 1) -> torch.Tensor:
+    """Keep the tokens whose surprise, -log p, is nearest to its mean, until they reach typical_p (Meister et al. 2022).
+
+    >>> keep_typical(torch.tensor([[0.1, 0.3, 0.6]]).log(), 0.25).exp()
+    tensor([[0.0000, 0.3000, 0.0000]])
+    """
+    log_p = scores.log_softmax(-1)
+    entropy = -(log_p * log_p.exp()).nansum(-1, keepdim=True)  # 0 * -inf: a removed token adds nothing
+    strangeness = (log_p + entropy).abs()
+    ordered, order = strangeness.sort(dim=-1)
+    before = scores.gather(-1, order).softmax(-1).cumsum(-1) < typical_p
+    last = before.sum(-1, keepdim=True).clamp_max_(scores.shape[-1] - 1)
+    remove = (strangeness > ordered.gather(-1, last)).scatter_(-1, order[:, :least], False)
+    return scores.masked_fill(remove, NEG_INF)
+
+
+def among_candidates(scores: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Apply a function of scores to the tokens that are left alone: nothing sorts a vocabulary that top_k has cut.
+
+    >>> among_candidates(torch.tensor([[1.0, NEG_INF, 3.0, NEG_INF, NEG_INF]]), lambda s: s * s.shape[-1])
+    tensor([[2., -inf, 6., -inf, -inf]])
+    """
+    left = int((scores > NEG_INF).sum(-1).max())
+    if not 0 < 2 * left < scores.shape[-1]:
+        return function(scores)
+    where = scores.topk(left, dim=-1).indices.sort(dim=-1).values
+    return torch.full_like(scores, NEG_INF).scatter_(-1, where, function(scores.gather(-1, where)))
+
+
 def penalize_repetition(scores: torch.Tensor, tokens: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make every token of ``tokens`` (batch, length) less likely: a positive score is divided, a negative multiplied.
+    """Make every token of ``tokens`` (rows, length) less likely: a positive score is divided, a negative multiplied.
 
     From Keskar et al. 2019 (CTRL); once for a token, however often it occurred.
 
-    >>> penalize_repetition(torch.tensor([[4.0, -4.0, 4.0]]), torch.tensor([[0, 1, 1]]), 2.0)
+    >>> penalize_repetition(torch.tensor([[4.0, -4.0, 4.0]]), torch.tensor([[-1, 0, 1, 1]]), 2.0)
     tensor([[ 2., -8.,  4.]])
     """
+    tokens = torch.where(tokens < 0, tokens[:, -1:], tokens)  # the newest one is never padding
     seen = scores.gather(-1, tokens)
     return scores.scatter(-1, tokens, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def forbid_repeats(
+    scores: torch.Tensor, tokens: torch.Tensor, size: int, source: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Remove every token that would complete ``size`` tokens in a row that occurred in ``tokens`` before.
+
+    Args:
+        scores: (rows, vocab).
+        tokens: (rows, length).
+        size: 1 forbids every token that occurred.
+        source: (rows, source_length) where they must not have occurred instead.
+
+    >>> forbid_repeats(torch.zeros(1, 3), torch.tensor([[0, 1, 2, 0]]), 2)
+    tensor([[0., -inf, 0.]])
+    """
+    text = tokens if source is None else source
+    if min(tokens.shape[1] + 1, text.shape[1]) < size:
+        return scores
+    begun = tokens[:, tokens.shape[1] - size + 1 :]  # (rows, size - 1)
+    runs = text.unfold(1, size, 1)  # (rows, length - size + 1, size)
+    repeats = (runs[..., :-1] == begun[:, None]).all(-1) & (runs >= 0).all(-1)
+    # What repeats nothing goes to a column of its own, behind the vocabulary.
+    vocabulary = scores.shape[-1]
+    target = runs[..., -1].where(repeats & (runs[..., -1] < vocabulary), vocabulary)
+    remove = torch.zeros(scores.shape[0], vocabulary + 1, dtype=torch.bool, device=scores.device)
+    return scores.masked_fill(remove.scatter_(-1, target, True)[:, :-1], NEG_INF)
+
+
+def forbid_words(scores: torch.Tensor, tokens: torch.Tensor, words: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Remove every token that would complete one of these sequences of ids.
+
+    >>> forbid_words(torch.zeros(2, 4), torch.tensor([[0, 1], [1, 0]]), [[3], [0, 1, 2]])
+    tensor([[0., 0., -inf, -inf],
+            [0., 0., 0., -inf]])
+    """
+    single = [word[0] for word in words if len(word) == 1]
+    scores = scores.index_fill(-1, torch.tensor(single, dtype=torch.int64, device=scores.device), NEG_INF)
+    for *begun, last in words:
+        if 0 < len(begun) <= tokens.shape[1]:
+            prefix = torch.tensor(begun, device=tokens.device)
+            begins = (tokens[:, -len(begun) :] == prefix).all(-1)
+            scores[:, last] = scores[:, last].masked_fill(begins, NEG_INF)
+    return scores
 
 
 def forbid(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -84,38 +156,10 @@ def forbid(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     return scores.index_fill(-1, token_ids, NEG_INF)
 
 
-def compose(settings: Settings, eos: torch.Tensor, prompt_length: int) -> list[Processor]:
-    """The processors that the settings ask for, in transformers' order; none that would change nothing.
+def force(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Leave nothing but the tokens (n,), all equally likely, in every row.
 
-    Args:
-        settings: what was asked for.
-        eos: (n,) the ids that end a sequence.
-        prompt_length: how many of the tokens that a processor will see are the prompt's.
+    >>> force(torch.tensor([[1.0, 2.0]]), torch.tensor([1]))
+    tensor([[-inf, 0.]])
     """
-    s = settings
-    chain: list[Processor] = []
-    if s.repetition_penalty != 1.0:
-        chain.append(partial(penalize_repetition, penalty=s.repetition_penalty))
-    if s.min_new_tokens > 0 and eos.numel():
-        shortest = prompt_length + s.min_new_tokens
-        chain.append(lambda scores, tokens: forbid(scores, eos) if tokens.shape[1] < shortest else scores)
-    if s.samples:
-        chain += [_without_tokens(f) for f in _filters(s)]
-    return chain
-
-
-def _filters(s: Settings) -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    chain: list[Callable[[torch.Tensor], torch.Tensor]] = []
-    if s.temperature not in (None, 1.0):
-        chain.append(partial(scale_temperature, temperature=s.temperature))
-    if s.top_k is not None:
-        chain.append(partial(keep_top_k, top_k=s.top_k))
-    if s.top_p is not None and s.top_p < 1.0:
-        chain.append(partial(keep_top_p, top_p=s.top_p))
-    if s.min_p:
-        chain.append(partial(keep_min_p, min_p=s.min_p))
-    return chain
-
-
-def _without_tokens(function: Callable[[torch.Tensor], torch.Tensor]) -> Processor:
-    return lambda scores, tokens: function(scores)
+    return torch.full_like(scores, NEG_INF).index_fill_(-1, token_ids, 0.0)

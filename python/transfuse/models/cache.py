@@ -8,7 +8,7 @@ import torch
 
 from transfuse.errors import ArgumentError
 from transfuse.models.placement import machine_memory, usable_device
-from transfuse.ops.rotary import rotary_append, write_new
+from transfuse.ops.rotary import write_new
 
 
 class LayerKeyValues:
@@ -29,17 +29,6 @@ class LayerKeyValues:
         start, stop = self.owner.length, self.owner.length + k.shape[2]
         write_new(k, v, self.keys, self.values, start)
         return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-    def append_turned(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """:meth:`append` of k turned and of v (batch, new, kv_heads, head_dim), and q turned, in one launch.
-
-        For kernels alone: nothing here has a gradient.
-        """
-        start, stop = self.owner.length, self.owner.length + k.shape[1]
-        q = rotary_append(q, k, v, cos, sin, self.keys, self.values, start)
-        return q, self.keys[:, :, :stop], self.values[:, :, :stop]
 
 
 class KVCache:
@@ -168,37 +157,70 @@ class KVCache:
             raise ArgumentError(f"KVCache.crop: length must be between 0 and {self.length}, got {length}")
         self.length = length
 
-    def reorder(self, index: torch.Tensor) -> None:
-        """Row i becomes a copy of row ``index[i]``, in place (beam search); index: (batch,) integers."""
+    def reorder(self, index: torch.Tensor, start: int = 0) -> None:
+        """Row i becomes a copy of row ``index[i]``, in place (beam search).
+
+        Args:
+            index: (batch,) integers; after :meth:`widen`, each one of the copies of its row's own prompt.
+            start: positions before it stay as they are: rows that change places are equal there.
+        """
         self._check_rows("reorder", index)
         if index.shape[0] != self.batch:
             raise ArgumentError(f"KVCache.reorder: index must have shape ({self.batch},), got {tuple(index.shape)}")
         for layer in self.layers:
             for buffer in (layer.keys, layer.values):
-                filled = buffer[:, :, : self.length]
+                filled = buffer[:, :, start : self.length]
                 filled.copy_(filled.index_select(0, index))
-        self._select_rest(index)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, index)
+        self._select_cross(index)
+
+    def widen(self, copies: int) -> None:
+        """Each row becomes ``copies`` rows next to one another: the beams of a prompt, or several draws.
+
+        The copies share the row's cross-attention keys, which are not copied.
+        """
+        _check_sizes(copies, self.max_length)
+        keys = self.layers[0].keys
+        shape = (self.batch * copies, *keys.shape[1:])
+        _check_memory(2 * len(self.layers) * math.prod(shape), shape, keys.dtype, keys.device)
+        self._select_self(torch.arange(self.batch, device=keys.device).repeat_interleave(copies))
 
     def select(self, rows: torch.Tensor) -> None:
-        """Keeps these rows, in this order; repeats are fine (drop finished rows, or widen for beams): (n,) integers."""
+        """Keeps these rows, in this order; repeats are fine (drop finished rows): (n,) integers."""
         self._check_rows("select", rows)
+        self._select_cross(rows)
+        self._select_self(rows)
+
+    def _select_self(self, rows: torch.Tensor) -> None:
         for layer in self.layers:
             layer.keys, layer.values = self._take(layer.keys, rows), self._take(layer.values, rows)
-        self._select_rest(rows)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, rows)
 
     def _take(self, buffer: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         taken = buffer.new_zeros(rows.shape[0], *buffer.shape[1:])
         taken[:, :, : self.length] = buffer[:, :, : self.length].index_select(0, rows)
         return taken
 
-    def _select_rest(self, rows: torch.Tensor) -> None:
+    def _select_cross(self, rows: torch.Tensor) -> None:
+        """The cross-attention keys of these rows; those that share a source go on sharing it if they stay together."""
+        cross = self.layers[-1].cross
+        if cross is None:
+            return
+        shared = self.batch // cross[0].shape[0]
+        sources = rows // shared
+        if shared > 1 and rows.shape[0] % shared == 0:
+            first = sources[::shared]
+            if torch.equal(sources, first.repeat_interleave(shared)):
+                sources = first
+        if torch.equal(sources, torch.arange(cross[0].shape[0], device=rows.device)):
+            return  # all there, in their places: beams that change places do so among themselves
         for layer in self.layers:
             if layer.cross is not None:
-                layer.cross = (layer.cross[0].index_select(0, rows), layer.cross[1].index_select(0, rows))
-        if self.mask is not None:
-            self.mask = self.mask.index_select(0, rows)
+                layer.cross = (layer.cross[0].index_select(0, sources), layer.cross[1].index_select(0, sources))
         if self.cross_mask is not None:
-            self.cross_mask = self.cross_mask.index_select(0, rows)
+            self.cross_mask = self.cross_mask.index_select(0, sources)
 
     def _check_rows(self, name: str, rows: torch.Tensor) -> None:
         whole = isinstance(rows, torch.Tensor) and rows.dtype in (torch.int32, torch.int64)

@@ -10,7 +10,7 @@ from torch import nn
 
 from transfuse.errors import ArgumentError, DtypeError
 from transfuse.ops import _autocast, attention, attention_weights
-from transfuse.ops.rotary import in_one, rotate_heads
+from transfuse.ops.rotary import rotate_heads
 
 
 class LayerCache(Protocol):
@@ -20,12 +20,6 @@ class LayerCache(Protocol):
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new keys and values (batch, kv_heads, length, head_dim); returns all that are stored."""
-        ...
-
-    def append_turned(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Turns q and k (batch, length, heads, head_dim), stores k and v; returns q and all that are stored."""
         ...
 
 
@@ -127,6 +121,10 @@ class Attention(nn.Module):
                 "Attention: context belongs to cross-attention; leave it out, or make it with cross=True"
             )
         q, k, v = self._cross_qkv(x, context, cache) if self.cross else self._self_qkv(x, rotary, cache)
+        # Rows that share a source (beams) are so many more queries on its keys.
+        shared = q.shape[0] // k.shape[0] if self.cross and cache is not None and k.shape[0] else 1
+        if shared > 1:
+            q = q.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)
         causal: bool | str = False
         window = self.window
         q_len, k_len = q.shape[2], k.shape[2]
@@ -141,6 +139,9 @@ class Attention(nn.Module):
         out, weights = self._attend(q, k, v, causal, mask, bias, window, return_weights)
         if weights is not None and weights.shape[-1] < k_len:  # keys before the window have no weight
             weights = F.pad(weights, (k_len - weights.shape[-1], 0))
+        if shared > 1:
+            out = _unshare(out, shared)
+            weights = None if weights is None else _unshare(weights, shared)
         return self.out(out.transpose(1, 2).flatten(2)), weights
 
     def _attend(
@@ -178,10 +179,6 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (h + 2 * g, self.head_dim))
         if rotary is None:
             q, k, v = qkv.split((h, g, g), dim=2)
-        elif cache is not None and in_one(qkv):
-            q, k, v = qkv.split((h, g, g), dim=2)
-            q, k, v = cache.append_turned(q, k, v, *rotary)
-            return q.transpose(1, 2), k, v
         else:
             qk, v = qkv.split((h + g, g), dim=2)
             q, k = rotate_heads(qk, *rotary).split((h, g), dim=2)
@@ -219,6 +216,11 @@ def _check_input(name: str, x: torch.Tensor, size: int, linear: nn.Module) -> No
             f"Attention: {name} must be {linear.weight.dtype} like the weights, got {x.dtype}; cast one of them or use "
             "torch.autocast"
         )
+
+
+def _unshare(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """(batch, heads, rows * q_len, n) -> (batch * rows, heads, q_len, n)."""
+    return x.unflatten(2, (rows, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _last_keys(x: torch.Tensor | None, keep: int) -> torch.Tensor | None:
