@@ -8,7 +8,7 @@ import torch
 
 from transfuse.errors import ArgumentError
 from transfuse.models.placement import machine_memory, usable_device
-from transfuse.ops.rotary import write_new
+from transfuse.ops.rotary import rotary_append, write_new
 
 
 class LayerKeyValues:
@@ -29,6 +29,17 @@ class LayerKeyValues:
         start, stop = self.owner.length, self.owner.length + k.shape[2]
         write_new(k, v, self.keys, self.values, start)
         return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def append_turned(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """:meth:`append` of k turned and of v (batch, new, kv_heads, head_dim), and q turned, in one launch.
+
+        For kernels alone: nothing here has a gradient.
+        """
+        start, stop = self.owner.length, self.owner.length + k.shape[1]
+        q = rotary_append(q, k, v, cos, sin, self.keys, self.values, start)
+        return q, self.keys[:, :, :stop], self.values[:, :, :stop]
 
 
 class KVCache:

@@ -10,7 +10,7 @@ from torch import nn
 
 from transfuse.errors import ArgumentError, DtypeError
 from transfuse.ops import _autocast, attention, attention_weights
-from transfuse.ops.rotary import rotate_heads
+from transfuse.ops.rotary import in_one, rotate_heads
 
 
 class LayerCache(Protocol):
@@ -20,6 +20,12 @@ class LayerCache(Protocol):
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new keys and values (batch, kv_heads, length, head_dim); returns all that are stored."""
+        ...
+
+    def append_turned(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Turns q and k (batch, length, heads, head_dim), stores k and v; returns q and all that are stored."""
         ...
 
 
@@ -179,6 +185,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (h + 2 * g, self.head_dim))
         if rotary is None:
             q, k, v = qkv.split((h, g, g), dim=2)
+        elif cache is not None and in_one(qkv):
+            q, k, v = qkv.split((h, g, g), dim=2)
+            q, k, v = cache.append_turned(q, k, v, *rotary)
+            return q.transpose(1, 2), k, v
         else:
             qk, v = qkv.split((h + g, g), dim=2)
             q, k = rotate_heads(qk, *rotary).split((h, g), dim=2)
