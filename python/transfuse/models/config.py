@@ -56,6 +56,12 @@ _DECODER_TWINS = {
     "decoder_intermediate_size": "intermediate_size",
     "decoder_vocab_size": "vocab_size",
 }
+# Vaswani et al. 2017, table 3: name -> architecture, hidden_size, num_heads, dropout. All have 6 layers a stack.
+_PRESETS = {
+    "transformer": ("encoder_decoder", 512, 8, 0.1),
+    "transformer-big": ("encoder_decoder", 1024, 16, 0.3),
+    "transformer-decoder": ("decoder", 512, 8, 0.1),
+}
 MAX_PARAMETERS = 2 * 10**12
 _MOST = 1e300  # a whole number beyond would not become a float
 
@@ -216,6 +222,45 @@ class TransformerConfig:
         if c.architecture != "encoder":
             total += (0 if c.tie_embeddings else c.decoder_vocab_size * d) + c.lm_head_bias * c.decoder_vocab_size
         return total
+
+    @classmethod
+    def preset(
+        cls, name: str, vocab_size: int, *, hidden_size: int = 0, num_layers: int = 0, num_heads: int = 0
+    ) -> TransformerConfig:
+        """The original transformer (Vaswani et al. 2017): post-norm, relu, sinusoids, one token table for all.
+
+        Args:
+            name: "transformer" (6 + 6 layers, 512 wide, 8 heads), "transformer-big" (1024 wide, 16 heads), or
+                "transformer-decoder", the first one's decoder by itself (Liu et al. 2018).
+            vocab_size: tokens, of both languages together.
+            hidden_size, num_layers, num_heads: 0: as in the paper.
+
+        Returns:
+            A configuration to use as it is or, with special tokens for example, through ``dataclasses.replace``.
+
+        Raises:
+            ConfigError: there is no preset of that name, or a size is out of range.
+
+        >>> TransformerConfig.preset("transformer", 37000).num_parameters()
+        63082496
+        """
+        if name not in _PRESETS:
+            raise ConfigError(f"config: preset must be one of {', '.join(_PRESETS)}, got {name!r}")
+        architecture, size, heads, dropout = _PRESETS[name]
+        size = hidden_size or size
+        return cls(
+            architecture=architecture,
+            vocab_size=vocab_size,
+            hidden_size=size,
+            num_layers=num_layers or 6,
+            num_heads=num_heads or heads,
+            activation="relu",
+            norm_placement="post",
+            final_norm=False,
+            position="sinusoidal",
+            embedding_scale=size**0.5,
+            hidden_dropout=dropout,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; ``from_dict`` reads them back."""
