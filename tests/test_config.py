@@ -102,8 +102,20 @@ WRONG = {
     ),
     "rope": ({"rope_scaling": "linear"}, "rope_scaling must be a RopeScaling or None, got 'linear'"),
     "rope-kind": (
-        {"rope_scaling": {"kind": "dynamic", "factor": 2.0}},
-        "kind must be 'linear' or 'llama3', got 'dynamic'",
+        {"rope_scaling": {"kind": "spiral", "factor": 2.0}},
+        "kind must be one of linear, llama3, yarn, dynamic, longrope, got 'spiral'",
+    ),
+    "rope-factors": (
+        {"rope_scaling": {"kind": "longrope", "factor": 2.0, "short_factor": [1, 0]}},
+        r"short_factor must be positive numbers, got \[1, 0\]",
+    ),
+    "rope-betas": (
+        {"rope_scaling": {"kind": "yarn", "factor": 2.0, "beta_slow": 40}},
+        r"beta_fast must be above beta_slow \(40\), got 32.0",
+    ),
+    "token-types": (
+        {"token_types_are_tokens": True, "type_vocab_size": 2},
+        "token_types_are_tokens needs no table of types, got type_vocab_size 2",
     ),
     "rope-field": ({"rope_scaling": {"kind": "linear", "factr": 2.0}}, "unknown field 'factr'.*did you mean 'factor'"),
     "vocabulary": ({"vocab_size": 10**12}, "vocab_size must be between 1 and 134217728, got 1000000000000"),
@@ -127,7 +139,7 @@ def test_impossible_values(case):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"kind": "yarn", "factor": 2.0}, "kind must be 'linear' or 'llama3', got 'yarn'"),
+        ({"kind": "spiral", "factor": 2.0}, "kind must be one of linear, .*, got 'spiral'"),
         ({"kind": "linear", "factor": 0.0}, "factor must be a positive number, got 0.0"),
         ({"kind": "linear", "factor": 10**400}, "factor must be a positive number, got 1000"),
         ({"kind": "linear", "factor": True}, "factor must be a positive number, got True"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,14 @@ from transfuse.models.families import (
     token_ids,
     with_parts,
 )
+from transfuse.nn.rotary import KINDS
+
+# What a scaling of each kind has besides its factor, by transformers' names, which are ours too.
+_SCALING = {
+    "llama3": ("low_freq_factor", "high_freq_factor"),
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "truncate"),
+    "longrope": ("attention_factor", "short_factor", "long_factor"),
+}
 
 
 def _read_config(values: Mapping[str, Any], task: str) -> TransformerConfig:
@@ -69,29 +78,36 @@ def _read_rope(values: Mapping[str, Any], max_positions: Any) -> tuple[Any, Rope
         raise ConfigError("config.json: a Llama whose heads rotate partly (partial_rotary_factor) is not supported")
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, RopeScaling("linear", given(rope, "factor", 1.0))
-    if kind != "llama3":
-        raise ConfigError(f"config.json: rope_type {kind!r} is not supported; known: default, linear, llama3")
-    return theta, RopeScaling(
-        "llama3",
-        given(rope, "factor", 1.0),
-        low_freq_factor=given(rope, "low_freq_factor", 1.0),
-        high_freq_factor=given(rope, "high_freq_factor", 4.0),
-        original_max_positions=given(rope, "original_max_position_embeddings", max_positions),
-    )
+    if kind not in KINDS:
+        raise ConfigError(f"config.json: rope_type {kind!r} is not supported; known: default, {', '.join(KINDS)}")
+    numbers = {name: rope[name] for name in _SCALING.get(kind, ()) if rope.get(name) is not None}
+    trained = max_positions  # "dynamic" starts from it
+    factor: Any = rope.get("factor")
+    if kind in _SCALING:
+        inside = given(rope, "original_max_position_embeddings", max_positions)
+        trained = given(values, "original_max_position_embeddings", inside)
+    try:
+        if factor is None and kind in ("yarn", "longrope"):
+            factor = max_positions / trained
+        if kind == "yarn" and "attention_factor" not in numbers and rope.get("mscale") and rope.get("mscale_all_dim"):
+            one, all_dim = (0.1 * rope[m] * math.log(max(1.0, factor)) + 1 for m in ("mscale", "mscale_all_dim"))
+            numbers["attention_factor"] = one / all_dim
+    except (TypeError, ZeroDivisionError):
+        raise ConfigError(f"config.json: rope_scaling must hold positive numbers, got {dict(rope)!r}") from None
+    if kind != "linear":
+        numbers["original_max_positions"] = trained
+    return theta, RopeScaling(kind, 1.0 if factor is None else factor, **numbers)
 
 
 def _write_config(config: TransformerConfig) -> dict[str, Any]:
     scaling: dict[str, Any] | None = None
-    if config.rope_scaling is not None:
-        scaling = {"rope_type": config.rope_scaling.kind, "factor": config.rope_scaling.factor}
-        if config.rope_scaling.kind == "llama3":
-            scaling |= {
-                "low_freq_factor": config.rope_scaling.low_freq_factor,
-                "high_freq_factor": config.rope_scaling.high_freq_factor,
-                "original_max_position_embeddings": config.rope_scaling.original_max_positions,
-            }
+    if (rope := config.rope_scaling) is not None:
+        scaling = {"rope_type": rope.kind, "factor": rope.factor}
+        if rope.kind in _SCALING:
+            scaling["original_max_position_embeddings"] = rope.original_max_positions
+        for name in _SCALING.get(rope.kind, ()):
+            value = getattr(rope, name)
+            scaling[name] = list(value) if isinstance(value, tuple) else value
     return {
         "model_type": "llama",
         "vocab_size": config.vocab_size,
