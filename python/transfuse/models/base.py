@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from transfuse.errors import ConfigError
+from transfuse.generation import GenerationConfig
 from transfuse.models.blocks import Block
 from transfuse.models.config import TransformerConfig
 from transfuse.models.heads import MaskedLMHead, OutputHead
@@ -53,6 +54,7 @@ class TransformerModel(nn.Module):
 
     config: TransformerConfig
     labels: tuple[str, ...] = ()  # names of a classifier's classes, where a checkpoint gave them
+    generation_config: GenerationConfig | None = None  # what a checkpoint says about generating from it
     # what config.json says to the tasks and not to the model: problem_type, task_specific_params, prefix
     task_settings: Mapping[str, Any] = MappingProxyType({})
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from transfuse.errors import ArgumentError, CheckpointError, ConfigError
+from transfuse.generation import GenerationConfig
 from transfuse.models.base import TransformerModel
 from transfuse.models.checkpoint import (
     FLOAT_DTYPES,
@@ -53,6 +54,8 @@ from transfuse.models.tokenizer_files import load_tokenizer
 
 __all__ = ["from_pretrained", "load_tokenizer", "save_pretrained"]
 
+GENERATION = "generation_config.json"
+
 _CLASSES: dict[str, Any] = {
     "encoder": Encoder,
     "decoder": DecoderBody,
@@ -67,6 +70,7 @@ _CLASSES: dict[str, Any] = {
     "question-answering": SpanClassifier,
 }
 _TASK_SETTINGS = ("problem_type", "task_specific_params", "prefix")
+_GENERATING = ("causal-lm", "seq2seq-lm")
 _CLASSIFIERS = ("sequence-classification", "token-classification")
 
 
@@ -123,6 +127,8 @@ def from_pretrained(
         raise match.error([])  # another model altogether: not worth building to compare shapes
     model = _build(task, config, len(labels), dtype or _stored_dtype(values, source))
     model.labels = labels
+    if task in _GENERATING:
+        model.generation_config = _generation_config(path, values)
     model.task_settings = {name: values[name] for name in _TASK_SETTINGS if values.get(name) is not None}
     plan = _plan(match or _match(family, config, task, native.table_of(model, task), source), model)
     model.to_empty(device=where)
@@ -165,7 +171,10 @@ def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> 
         names = list(model.labels) if len(model.labels) == count else [f"LABEL_{i}" for i in range(count)]
         values["id2label"] = {str(i): name for i, name in enumerate(names)}
         values["label2id"] = {name: i for i, name in enumerate(names)}
-    _write(Path(folder), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, values)
+    files = {"config.json": values}
+    if model.generation_config is not None:
+        files[GENERATION] = model.generation_config.to_values()
+    _write(Path(folder), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, files)
 
 
 def _open(path: Path) -> tuple[dict[str, Any], TensorSource]:
@@ -178,10 +187,24 @@ def _open(path: Path) -> tuple[dict[str, Any], TensorSource]:
             f"{path}: no config.json{half_downloaded(path)}; pass the folder that holds it beside the weights"
         )
     values = read_json(path / "config.json", ConfigError)
-    generation = path / "generation_config.json"
+    generation = path / GENERATION
     if generation.is_file() and (eos := read_json(generation, ConfigError).get("eos_token_id")) is not None:
         values["eos_token_id"] = eos  # chat models list here what ends a turn
     return values, open_safetensors(path)
+
+
+def _generation_config(path: Path, values: Mapping[str, Any]) -> GenerationConfig | None:
+    """The checkpoint's defaults for generation, which old ones keep in config.json; None: it sets none."""
+    file = path / GENERATION
+    if file.is_file():
+        values = read_json(file, ConfigError)
+    else:  # special ids are the configuration's
+        values = {name: value for name, value in values.items() if name not in TransformerConfig.__dataclass_fields__}
+    try:
+        read = GenerationConfig.from_values(values)
+    except ArgumentError as error:
+        raise ConfigError(f"{file if file.is_file() else 'config.json'}: {error}") from None
+    return None if read == GenerationConfig(do_sample=False) else read
 
 
 def _labels(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -315,17 +338,3 @@ def _fill(model: TransformerModel, plan: Mapping[str, Rows], source: TensorSourc
     parameters = dict(model.named_parameters())
     for stored, rows in plan.items():
         rows.of(parameters).copy_(source.read(stored))
-
-
-def _write(folder: Path, tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            new = Path(scratch)
-            save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-            (new / "config.json").write_text(text, encoding="utf-8")
-            for name in (WEIGHTS, "config.json"):
-                (new / name).replace(folder / name)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot write the model: {error}") from error
