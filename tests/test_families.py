@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import transfuse
 from transfuse import TransformerConfig, from_pretrained
 from transfuse.errors import CheckpointError, ConfigError
-from transfuse.models import pretrained
+from transfuse.models import checkpoint_writer
 from transfuse.models.pretrained import save_pretrained
 
 transformers = pytest.importorskip("transformers")
@@ -448,7 +448,7 @@ def test_failed_saving_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.
         Path(path).write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint_writer, "save_file", full_disk)
     with pytest.raises(CheckpointError, match="No space left"):
         save_pretrained(model, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

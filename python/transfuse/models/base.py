@@ -94,15 +94,21 @@ class TransformerModel(nn.Module):
             if isinstance(stack, nn.ModuleList):
                 _scale_additions([b for b in stack if isinstance(b, Block) and b.pre])
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, see :mod:`transfuse.models.pretrained`.
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "50GB") -> None:
+        """Writes ``config.json`` and ``model.safetensors`` into ``folder``.
+
+        See :func:`transfuse.models.save_pretrained`.
+
+        Args:
+            folder: made if it is not there.
+            max_shard_size: larger weights become several files and an index.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            CheckpointError: the folder cannot be written. ArgumentError: max_shard_size is no size.
         """
         from transfuse.models.pretrained import save_pretrained
 
-        save_pretrained(self, folder)
+        save_pretrained(self, folder, max_shard_size=max_shard_size)
 
     @classmethod
     def _check(cls, config: TransformerConfig, dtype: torch.dtype | None) -> None:

@@ -8,25 +8,20 @@ each tensor is copied into its place. A failure leaves no half-loaded model behi
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from transfuse.errors import ArgumentError, CheckpointError, ConfigError
 from transfuse.generation import GenerationConfig
 from transfuse.models.base import TransformerModel
 from transfuse.models.checkpoint import (
     FLOAT_DTYPES,
-    WEIGHTS,
     SafetensorsSource,
     TensorSource,
     half_downloaded,
@@ -34,6 +29,7 @@ from transfuse.models.checkpoint import (
     read_json,
     some,
 )
+from transfuse.models.checkpoint_writer import write_checkpoint
 from transfuse.models.config import TransformerConfig
 from transfuse.models.decoder import Decoder, DecoderBody
 from transfuse.models.encoder import Encoder
@@ -136,14 +132,24 @@ def from_pretrained(
     return model.eval()
 
 
-def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> None:
+def save_pretrained(
+    model: TransformerModel, folder: str | os.PathLike[str], *, max_shard_size: int | str = "50GB"
+) -> None:
     """Write ``config.json`` and ``model.safetensors``; transformers reads both for the families it shares.
 
     A model of no such family is written in transfuse's own form, which ``from_pretrained`` reads. Each file is written
-    beside its final name and then renamed, so a crash leaves the old file or the new one, never half of one.
+    beside its final name and then renamed, so a crash leaves the old file or the new one, never half of one. Weights
+    of an earlier checkpoint in the folder are removed.
+
+    Args:
+        model: what ``from_pretrained`` gives, or a class of transfuse.models gives.
+        folder: made if it is not there.
+        max_shard_size: weights larger than this, in bytes or like "5GB", are written as several files and
+            ``model.safetensors.index.json``.
 
     Raises:
-        CheckpointError: the folder cannot be written. ArgumentError: the model is of another kind, or without values.
+        CheckpointError: the folder cannot be written. ArgumentError: the model is of another kind, or without values;
+            max_shard_size is no size.
 
     >>> import tempfile, transfuse
     >>> config = transfuse.TransformerConfig("encoder", vocab_size=11, hidden_size=8, num_layers=1, num_heads=2)
@@ -174,7 +180,8 @@ def save_pretrained(model: TransformerModel, folder: str | os.PathLike[str]) -> 
     files = {"config.json": values}
     if model.generation_config is not None:
         files[GENERATION] = model.generation_config.to_values()
-    _write(Path(folder), {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, files)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_checkpoint(Path(folder), tensors, files, max_shard_size)
 
 
 def _open(path: Path) -> tuple[dict[str, Any], TensorSource]:
