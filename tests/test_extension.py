@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import cuda_kernels
+from conftest import skip_unless
+from cuda_on_cpu import build
 from transfuse import _extension
 from transfuse.errors import ArgumentError
 from transfuse.ops.norm import cuda_impl
@@ -192,55 +195,86 @@ def test_a_launch_without_a_driver_is_a_python_error() -> None:
 # --- what the machine code shows ------------------------------------------------------------------------------------
 
 
+OTHERS = ("combine", "sum", "delta", "partials")  # parts of names of kernels that multiply no matrices
+
+
 @pytest.fixture(scope="module")
-def cuobjdump() -> str:
-    """NVIDIA's disassembler: from a toolkit, or the one that the triton package carries."""
+def module() -> Path:
+    """The extension's file, where it can be disassembled."""
     if _extension.load() is None or _extension.on_cpu():
         pytest.skip(f"no machine code here: {_extension.why_not() or 'TRANSFUSE_CUDA_ON_CPU is set'}")
-    found = shutil.which("cuobjdump")
-    if found is None:
-        spec = importlib.machinery.PathFinder.find_spec("triton")
-        bundled = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec and spec.origin else None
-        if bundled is None or not bundled.is_file():
-            pytest.skip("cuobjdump was not found (pip install triton)")
-        found = str(bundled)
+    if cuda_kernels.cuobjdump() is None:
+        pytest.skip("cuobjdump was not found (pip install triton)")
+    return Path(str(_extension.kernels().__file__))
+
+
+@pytest.fixture(scope="module", params=cuda_kernels.ARCHITECTURES)
+def kernels(request: pytest.FixtureRequest, module: Path) -> list[cuda_kernels.Kernel]:
+    found = list(cuda_kernels.kernels(module, request.param).values())
+    assert found
     return found
 
 
-def dump(cuobjdump: str, *options: str) -> str:
-    file = _extension.kernels().__file__
-    done = subprocess.run([cuobjdump, *options, str(file)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_machine_code_for_the_promised_gpus(module: Path) -> None:
+    listed = {kind: " ".join(cuda_kernels.dump(module, f"--list-{kind}")) for kind in ("elf", "ptx")}
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", listed["elf"])) == {"sm_80", "sm_90a"}
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", listed["ptx"])) == {"sm_80"}
 
 
-def test_machine_code_for_the_promised_gpus(cuobjdump: str) -> None:
-    assert set(re.findall(r"\.(sm_\w+)\.cubin", dump(cuobjdump, "--list-elf"))) == {"sm_80", "sm_90a"}
-    assert set(re.findall(r"\.(sm_\w+)\.ptx", dump(cuobjdump, "--list-ptx"))) == {"sm_80"}
+def test_the_file_stays_small(module: Path) -> None:
+    assert module.stat().st_size <= 20 << 20
 
 
-def test_no_kernel_spills_registers(cuobjdump: str) -> None:
-    usage = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump(cuobjdump, "-res-usage"))
-    assert len(usage) >= 106  # the norms alone: 53 instantiations for each of the two architectures
-    assert [name for name, _, stack, local in usage if int(stack) or int(local)] == []
-    assert max(int(registers) for name, registers, _, _ in usage if "layer_norm_" in name) <= 128
+def test_no_kernel_uses_local_memory(kernels: list[cuda_kernels.Kernel]) -> None:
+    assert [k.name for k in kernels if k.stack or k.local] == []
+    assert max(k.registers for k in kernels if "layer_norm_" in k.name) <= 128
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_aligned_kernels_move_16_bytes_at_a_time(cuobjdump: str, architecture: str) -> None:
-    functions = re.split(r"\n\s*Function : ", dump(cuobjdump, "-sass", "-arch", architecture))[1:]
-    # The last template argument is the pack: ...Li4EE and ...Li8EE take the 16-byte path, ...Li1EE single elements.
-    kernels = r"\S*(layer_norm_(row|loop)|norm_backward_(row|loop)|norm_weight_partials)\S*Li[48]EE"
-    aligned = [text for text in functions if re.match(kernels, text)]
-    assert len(aligned) == 25
-    for text in aligned:
-        statistics = 0 if "layer_norm_" in text.split("\n")[0] else 4  # mean and rstd of a row, read in two places
-        wide = len(re.findall(r"\bLDG\.E(?:\.\w+)*\.128\b", text))
-        loads = len(re.findall(r"\bLDG\.", text))
-        assert wide >= 4, text.split("\n")[0]
-        assert loads - wide <= statistics, text.split("\n")[0]
-        assert re.search(r"\bSTG\.E(?:\.\w+)*\.128\b", text)
-        assert not re.search(r"\b(LDL|STL)\b", text)
+def test_matrix_products_run_on_tensor_cores(kernels: list[cuda_kernels.Kernel]) -> None:
+    products = [k for k in kernels if re.match("attention|ffn", k.name) and not re.search("|".join(OTHERS), k.name)]
+    assert len(products) >= 18
+    assert [k.name for k in products if not k.tensor_core] == []
+
+
+def test_kernels_read_16_bytes_at_a_time(kernels: list[cuda_kernels.Kernel]) -> None:
+    """The last template argument of a row's kernel is its pack: 4 or 8 elements are 16 bytes, 1 serves all else."""
+    packed = [k for k in kernels if not re.search("norm_weight_sums|, 1>$", k.name)]
+    assert [k.name for k in packed if max(k.loads, default=16) < 16] == []
+    rows = [k for k in kernels if re.match(r"norm::.*(row|loop|partials)<.*, [48]>$", k.name)]
+    assert len(rows) == 25
+    for kernel in rows:
+        statistics = 4 * ("layer_norm_" not in kernel.name)  # mean and rstd of a row, read in two places
+        assert kernel.loads.count(16) >= 4, kernel.name
+        assert len(kernel.loads) - kernel.loads.count(16) <= statistics, kernel.name
+        assert 16 in kernel.stores, kernel.name
+
+
+@pytest.fixture(scope="module")
+def launches(module: Path) -> dict[str, cuda_kernels.Launch]:
+    skip_unless(build.why_not())
+    return cuda_kernels.launches()
+
+
+def test_launches_keep_the_promised_bounds(module: Path, launches: dict[str, cuda_kernels.Launch]) -> None:
+    """Threads as __launch_bounds__ says; room for as many blocks, with the shared memory that a launch asks for."""
+    for architecture in cuda_kernels.ARCHITECTURES:
+        for name, kernel in cuda_kernels.kernels(module, architecture).items():
+            assert kernel.threads, f"{name} has no __launch_bounds__"
+            threads, shared = launches.get(name, (kernel.threads, 0))
+            assert threads <= kernel.threads, f"{name} is launched with {threads} threads"
+            fits = kernel.fits(architecture, (kernel.threads, shared))
+            assert fits >= kernel.blocks, f"{name} on {architecture}: {fits} blocks fit, {kernel.blocks} are promised"
+
+
+def test_every_kernel_is_launched_by_a_case(module: Path, launches: dict[str, cuda_kernels.Launch]) -> None:
+    assert set(cuda_kernels.kernels(module, "sm_80")) - set(launches) == set()
+
+
+def test_the_page_lists_the_kernels_there_are(module: Path) -> None:
+    page = cuda_kernels.listed(build.ROOT / "docs/cuda-kernels.md")
+    there = set().union(*(cuda_kernels.kernels(module, a) for a in cuda_kernels.ARCHITECTURES))
+    remedy = "run `python tests/cuda_kernels.py > docs/cuda-kernels.md`"
+    assert page == there, f"{remedy}: {sorted(page - there)} are gone, {sorted(there - page)} are new"
 
 
 # --- the implementation on top --------------------------------------------------------------------------------------

@@ -65,6 +65,9 @@ class Unwatched {  // a scope of the engine inside a kernel
   const bool before_;
 };
 
+// A file to which launches are noted instead of being run; nullptr: run them.
+const char* only_noting();
+
 std::string name_of(const Thread& thread);  // "thread (3, 0, 0)"
 std::string base_name(const char* path);    // without the folders
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
