@@ -89,6 +89,22 @@ void attention_forward(const TensorView& q,    // (batch, heads, q_len, D), rows
                        std::optional<int> first,    // none: the last query stands at the last key
                        float softcap, double dropout_p, const LaunchTarget& target);
 
+// attention_forward for few queries: keys are split among blocks, whose results are then combined. The partial results
+// are given where there are several splits, at most 128; rows = batch * heads * q_len. Rows are not packed.
+void attention_decode(const TensorView& q,    // (batch, heads, q_len, D), rows aligned to 16 bytes
+                      const TensorView& k,    // (batch, kv_heads, k_len, D), likewise
+                      const TensorView& v,    // (batch, kv_heads, k_len, Dv), likewise
+                      const TensorView& out,  // (batch, heads, q_len, Dv), likewise
+                      const TensorView& lse,  // (batch, heads, q_len, 1), float32
+                      const OptionalTensor& partial_out,      // (splits, rows, Dv), contiguous, float32
+                      const OptionalTensor& partial_highest,  // (splits, rows), likewise
+                      const OptionalTensor& partial_totals,   // (splits, rows), likewise
+                      const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& slopes,
+                      const OptionalTensor& sinks, const OptionalTensor& q_starts, const OptionalTensor& k_starts,
+                      const OptionalTensor& k_lengths, const OptionalTensor& seed, int64_t max_q, int64_t max_k,
+                      float scale, int left, int right, std::optional<int> first, float softcap, double dropout_p,
+                      const LaunchTarget& target);
+
 // q and k turned by the angles of their positions (backwards with `inverse`), k and v written from place `start` of a
 // cache on, or of a tensor of their own length. A part may be left out: without q, cos and sin it appends.
 void rotary_append(const OptionalTensor& q,      // (batch, length, heads, D), k's dtype

@@ -1,51 +1,54 @@
-"""Few queries over many keys in Triton: split over keys or not, the result is the same, and no key too many is read."""
+"""Few queries over many keys in kernels: split over keys or not, one result, and no key too many is read."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 import torch
 
 from attention_cases import DTYPES, name_of
-from conftest import device_of
 from oracle import judge, to_fp64
 from transfuse import attention
-from transfuse.backends import why_not
 from transfuse.ops import _philox
 from transfuse.ops.attention import reference
+from transfuse.ops.attention.splits import MOST_SPLITS, choose_splits
 from transfuse.ops.attention.variant import Variant
 
-if why_not("triton", device_of("triton")) is not None:
-    pytest.skip(f"triton: {why_not('triton', device_of('triton'))}", allow_module_level=True)
-
-from transfuse.ops.attention import triton_decode
-
-DEVICE = device_of("triton")
 LENGTHS = [5, 150, 0]
 ROOM = 160
 
 
-def split_into(monkeypatch, splits):
-    monkeypatch.setattr(triton_decode, "choose_splits", lambda *_: splits)
+@pytest.fixture
+def kernels(backend):
+    """The module of a backend that splits."""
+    if backend == "torch":
+        pytest.skip("nothing is split")
+    return importlib.import_module(f"transfuse.ops.attention.{backend}_decode")
 
 
-def make(dtype, q_len=2, heads=4, kv_heads=2, lengths=LENGTHS, room=ROOM, dim=16, v_dim=24):
+def split_into(monkeypatch, kernels, n):
+    monkeypatch.setattr(kernels, "choose_splits", lambda *_: n)
+
+
+def make(device, dtype, q_len=2, heads=4, kv_heads=2, lengths=LENGTHS, room=ROOM, dim=16, v_dim=24):
     """q and caches that hold NaN after their valid keys."""
     batch = len(lengths)
-    q = torch.randn(batch, heads, q_len, dim, device=DEVICE).to(dtype)
-    k = torch.randn(batch, kv_heads, room, dim, device=DEVICE).to(dtype)
-    v = torch.randn(batch, kv_heads, room, v_dim, device=DEVICE).to(dtype)
+    q = torch.randn(batch, heads, q_len, dim, device=device).to(dtype)
+    k = torch.randn(batch, kv_heads, room, dim, device=device).to(dtype)
+    v = torch.randn(batch, kv_heads, room, v_dim, device=device).to(dtype)
     for b, length in enumerate(lengths):
         k[b, :, length:] = v[b, :, length:] = torch.nan
     return q, k, v
 
 
-def everything(dtype, q_len=2, heads=4, room=ROOM):
+def everything(device, dtype, q_len=2, heads=4, room=ROOM):
     """A variant with every feature but dropout."""
     return Variant(
-        mask=torch.rand(1, 1, q_len, room, device=DEVICE) > 0.3,
-        bias=torch.randn(1, heads, 1, room, device=DEVICE).to(dtype),
-        alibi_slopes=torch.rand(heads, device=DEVICE) / 4,
-        sinks=torch.randn(heads, device=DEVICE),
+        mask=torch.rand(1, 1, q_len, room, device=device) > 0.3,
+        bias=torch.randn(1, heads, 1, room, device=device).to(dtype),
+        alibi_slopes=torch.rand(heads, device=device) / 4,
+        sinks=torch.randn(heads, device=device),
         scale=0.25,
         left=99,
         right=0,
@@ -71,103 +74,112 @@ def agree(got, q, k, v, lengths, variant, keep=None):
 @pytest.mark.parametrize("splits", [1, 2, 3, 8])  # of five tiles at most when interpreted: some of eight get none
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("feature", ["plain", "everything"])
-def test_any_number_of_splits(feature, dtype, splits, monkeypatch, poisoned):
-    split_into(monkeypatch, splits)
-    q, k, v = make(dtype)
-    variant = Variant(scale=0.25, first=None) if feature == "plain" else everything(dtype)
-    lengths = torch.tensor(LENGTHS, device=DEVICE, dtype=torch.int32 if splits % 2 else torch.int64)
-    got = triton_decode.decode_forward(q, k, v, variant, None, lengths)
+def test_any_number_of_splits(feature, dtype, splits, monkeypatch, poisoned, kernels, device):
+    split_into(monkeypatch, kernels, splits)
+    q, k, v = make(device, dtype)
+    variant = Variant(scale=0.25, first=None) if feature == "plain" else everything(device, dtype)
+    lengths = torch.tensor(LENGTHS, device=device, dtype=torch.int32 if splits % 2 else torch.int64)
+    got = kernels.decode_forward(q, k, v, variant, None, lengths)
     agree(got, q, k, v, lengths, variant)
 
 
-def test_the_same_bits_every_time():
-    q, k, v = make(torch.float16)
-    got, again = (triton_decode.decode_forward(q, k, v, Variant(scale=0.25)) for _ in range(2))
+def test_the_same_bits_every_time(kernels, device):
+    q, k, v = make(device, torch.float16)
+    got, again = (kernels.decode_forward(q, k, v, Variant(scale=0.25)) for _ in range(2))
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(got, again, strict=True))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_dropout_falls_alike(splits, monkeypatch):
-    split_into(monkeypatch, splits)
-    q, k, v = make(torch.float32)
+def test_dropout_falls_alike(splits, monkeypatch, kernels, device):
+    split_into(monkeypatch, kernels, splits)
+    q, k, v = make(device, torch.float32)
     variant = Variant(scale=0.25, first=None, dropout_p=0.4)
-    lengths = torch.tensor(LENGTHS, device=DEVICE)
-    seed = torch.tensor([2**61 + 5, 3], device=DEVICE)
-    keep = _philox.keep_mask(seed, 0.4, len(LENGTHS), 4, 2, ROOM, DEVICE)
-    agree(triton_decode.decode_forward(q, k, v, variant, seed, lengths), q, k, v, lengths, variant, keep)
+    lengths = torch.tensor(LENGTHS, device=device)
+    seed = torch.tensor([2**61 + 5, 3], device=device)
+    keep = _philox.keep_mask(seed, 0.4, len(LENGTHS), 4, 2, ROOM, device)
+    agree(kernels.decode_forward(q, k, v, variant, seed, lengths), q, k, v, lengths, variant, keep)
 
 
 @pytest.mark.parametrize(("heads", "q_len"), [(24, 1), (3, 11), (10, 5)])
-def test_rows_of_a_group_beyond_one_tile(heads, q_len):
+def test_rows_of_a_group_beyond_one_tile(heads, q_len, kernels, device):
     # all heads share one key head; interpreted tiles have 16 rows
-    q, k, v = make(torch.float32, q_len, heads, 1, lengths=[40, 17], room=40)
-    lengths = torch.tensor([40, 17], device=DEVICE)
-    variant = everything(torch.float32, q_len, heads, 40)
-    agree(triton_decode.decode_forward(q, k, v, variant, None, lengths), q, k, v, lengths, variant)
+    q, k, v = make(device, torch.float32, q_len, heads, 1, lengths=[40, 17], room=40)
+    lengths = torch.tensor([40, 17], device=device)
+    variant = everything(device, torch.float32, q_len, heads, 40)
+    agree(kernels.decode_forward(q, k, v, variant, None, lengths), q, k, v, lengths, variant)
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(72, 128), (256, 200), (40, 7)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_heads_of_any_width(dtype, dim, v_dim, monkeypatch, kernels, device):
+    split_into(monkeypatch, kernels, 2)
+    q, k, v = make(device, dtype, lengths=[40, 17], room=40, dim=dim, v_dim=v_dim)
+    lengths, variant = torch.tensor([40, 17], device=device), everything(device, dtype, room=40)
+    agree(kernels.decode_forward(q, k, v, variant, None, lengths), q, k, v, lengths, variant)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-def test_scores_of_the_lowest_number_give_the_mean(splits, monkeypatch):
-    split_into(monkeypatch, splits)
-    q, k, v = make(torch.float32, lengths=[97])
+def test_scores_of_the_lowest_number_give_the_mean(splits, monkeypatch, kernels, device):
+    split_into(monkeypatch, kernels, splits)
+    q, k, v = make(device, torch.float32, lengths=[97])
     variant = Variant(bias=torch.full((1, 1, 1, ROOM), torch.finfo(torch.float32).min), scale=1.0, first=None)
-    variant = variant._replace(bias=variant.bias.to(DEVICE))
-    out, _ = triton_decode.decode_forward(q, k, v, variant, None, torch.tensor([97], device=DEVICE))
+    variant = variant._replace(bias=variant.bias.to(device))
+    out, _ = kernels.decode_forward(q, k, v, variant, None, torch.tensor([97], device=device))
     mean = v[:, :, :97].mean(2, keepdim=True).repeat_interleave(2, 1)
     torch.testing.assert_close(out, mean.expand_as(out))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-def test_rows_that_see_nothing(sinks, splits, monkeypatch, poisoned):
-    split_into(monkeypatch, splits)
-    q, k, v = make(torch.float32, lengths=[0, 1])
-    sink = torch.tensor([0.5, -1.0, 0.0, 2.0], device=DEVICE) if sinks else None
+def test_rows_that_see_nothing(sinks, splits, monkeypatch, poisoned, kernels, device):
+    split_into(monkeypatch, kernels, splits)
+    q, k, v = make(device, torch.float32, lengths=[0, 1])
+    sink = torch.tensor([0.5, -1.0, 0.0, 2.0], device=device) if sinks else None
     variant = Variant(sinks=sink, scale=1.0, right=0, first=None)  # of two queries over one key the first is before it
-    out, lse = triton_decode.decode_forward(q, k, v, variant, None, torch.tensor([0, 1], device=DEVICE))
+    out, lse = kernels.decode_forward(q, k, v, variant, None, torch.tensor([0, 1], device=device))
     empty = [(0, 0), (0, 1), (1, 0)]
     for b, i in empty:
         assert not out[b, :, i].any()
-        assert torch.equal(lse[b, :, i], sink if sinks else torch.full((4,), -torch.inf, device=DEVICE))
+        assert torch.equal(lse[b, :, i], sink if sinks else torch.full((4,), -torch.inf, device=device))
     assert out[1, :, 1].isfinite().all()
 
 
-def test_keys_before_the_window_are_not_read():
-    q, k, v = make(torch.float32, q_len=1, lengths=[150, 150])
-    lengths = torch.tensor([150, 150], device=DEVICE)
+def test_keys_before_the_window_are_not_read(kernels, device):
+    q, k, v = make(device, torch.float32, q_len=1, lengths=[150, 150])
+    lengths = torch.tensor([150, 150], device=device)
     variant = Variant(scale=0.25, left=20, first=None)
-    expected = triton_decode.decode_forward(q, k, v, variant, None, lengths)
+    expected = kernels.decode_forward(q, k, v, variant, None, lengths)
     v[:, :, :96] = torch.nan  # 129 - 32 > 96: whole tiles before the window
-    got = triton_decode.decode_forward(q, k, v, variant, None, lengths)
+    got = kernels.decode_forward(q, k, v, variant, None, lengths)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_lengths_beyond_the_cache_end_with_it():
-    q, k, v = make(torch.float32, lengths=[ROOM, ROOM])
+def test_lengths_beyond_the_cache_end_with_it(kernels, device):
+    q, k, v = make(device, torch.float32, lengths=[ROOM, ROOM])
     variant = Variant(scale=0.25, first=None)
-    got = triton_decode.decode_forward(q, k, v, variant, None, torch.tensor([ROOM, 10**6], device=DEVICE))
-    expected = triton_decode.decode_forward(q, k, v, variant)
+    got = kernels.decode_forward(q, k, v, variant, None, torch.tensor([ROOM, 10**6], device=device))
+    expected = kernels.decode_forward(q, k, v, variant)
     torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"causal": "lower_right", "window": (30, 5)}], ids=str)
-def test_dense_calls_of_few_queries(options):
-    q = torch.randn(2, 4, 3, 16, device=DEVICE)
-    k, v = (torch.randn(2, 2, 130, 16, device=DEVICE) for _ in range(2))
-    assert triton_decode.use_splits(q, k)
-    got = attention(q, k, v, **options, return_lse=True, backend="triton")
+def test_dense_calls_of_few_queries(options, kernels, device, backend):
+    q = torch.randn(2, 4, 3, 16, device=device)
+    k, v = (torch.randn(2, 2, 130, 16, device=device) for _ in range(2))
+    assert kernels.use_splits(q, k)
+    got = attention(q, k, v, **options, return_lse=True, backend=backend)
     expected = attention(q.cpu(), k.cpu(), v.cpu(), **options, return_lse=True, backend="reference")
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g.cpu(), e)
 
 
-def test_many_queries_go_elsewhere():
-    few, many = torch.empty(1, 8, 4, 16, device="meta"), torch.empty(1, 8, 200, 16, device="meta")
+def test_many_queries_go_elsewhere(kernels):
+    few, many = torch.empty(1, 8, 5, 16, device="meta"), torch.empty(1, 8, 200, 16, device="meta")
     long, short = torch.empty(1, 2, 4096, 16, device="meta"), torch.empty(1, 2, 64, 16, device="meta")
-    assert triton_decode.use_splits(few, long)
-    assert not triton_decode.use_splits(few, short)
-    assert not triton_decode.use_splits(many, long)
-    assert not triton_decode.few_rows(many, long)
+    assert kernels.use_splits(few, long)
+    assert not kernels.use_splits(few, short)
+    assert not kernels.use_splits(many, long)
+    assert not kernels.few_rows(many, long)
 
 
 @pytest.mark.parametrize("slots", [1, 4, 132, 264])
@@ -177,10 +189,10 @@ def test_the_number_of_splits(programs, key_tiles, slots):
     def steps(n):
         return -(-programs * n // slots) * -(-key_tiles // n)
 
-    splits = triton_decode.choose_splits(programs, key_tiles, 1, slots)
-    allowed = range(1, max(1, min(key_tiles, triton_decode.MOST_SPLITS)) + 1)
+    splits = choose_splits(programs, key_tiles, 1, slots)
+    allowed = range(1, max(1, min(key_tiles, MOST_SPLITS)) + 1)
     assert splits in allowed
     best = min(steps(n) for n in allowed)
     assert steps(splits) * 0.85 <= best
     assert all(steps(n) * 0.85 > best for n in range(1, splits))
-    assert triton_decode.choose_splits(programs, key_tiles, 2000, slots) == 1
+    assert choose_splits(programs, key_tiles, 2000, slots) == 1

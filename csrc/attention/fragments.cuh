@@ -30,13 +30,12 @@ __device__ __forceinline__ T* chunk_at(T* tile, int row, int pair, int half) {
 
 // tile[r][:] = rows[first + r][:], 0 beyond `end` rows and `width` columns; by all THREADS, not awaited.
 template <typename T, int D, int ROWS, int THREADS>
-__device__ __forceinline__ void load_tile(T* tile, const T* rows, int64_t row_stride, int first, int end, int width,
-                                          int thread = static_cast<int>(threadIdx.x)) {
+__device__ __forceinline__ void load_tile(T* tile, const T* rows, int64_t row_stride, int first, int end, int width) {
   constexpr int kChunks = D / kChunk<T>;
   static_assert(ROWS * kChunks % THREADS == 0 && kChunks >= 8);
 #pragma unroll
   for (int i = 0; i < ROWS * kChunks / THREADS; ++i) {
-    const int index = i * THREADS + thread;
+    const int index = i * THREADS + static_cast<int>(threadIdx.x);
     const int row = index / kChunks, chunk = index % kChunks;
     const bool inside = first + row < end && chunk * kChunk<T> < width;
     const T* from = inside ? rows + (first + row) * row_stride + chunk * kChunk<T> : rows;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from transfuse import _extension
+from transfuse.ops.attention import cuda_decode
 from transfuse.ops.attention.cuda_arguments import Rows, aligned, packed, shaping, unpacked
 from transfuse.ops.attention.variant import Variant
 
@@ -13,6 +14,8 @@ def attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse); seed: int64 (2,), read under dropout."""
+    if cuda_decode.use_splits(q, k):
+        return cuda_decode.decode_forward(q, k, v, variant, seed)
     return _forward(q, k, v, variant, seed, Rows(q.shape[2], k.shape[2]))
 
 
@@ -31,6 +34,21 @@ def attention_varlen_forward(
     rows = Rows(max_q, max_k, cu_seqlens_q, cu_seqlens_k)
     out, lse = _forward(packed(q), packed(k), packed(v), variant, seed, rows)
     return unpacked(out), lse[0]
+
+
+def attention_decode_forward(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    variant: Variant,
+    seed: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out (batch, heads, q_len, v_head_dim), lse (batch, heads, q_len))."""
+    if cuda_decode.few_rows(q, k_cache):
+        return cuda_decode.decode_forward(q, k_cache, v_cache, variant, seed, cache_lengths)
+    rows = Rows(q.shape[2], k_cache.shape[2], k_lengths=cache_lengths)
+    return _forward(q, k_cache, v_cache, variant, seed, rows)
 
 
 def _forward(

@@ -17,7 +17,6 @@ contiguous outputs and partials, and splits <= MOST_SPLITS.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ import triton.language as tl
 
 from transfuse.ops._triton import dot, kept, launch, multiprocessors, precision, rounded
 from transfuse.ops._tuning import tuned
+from transfuse.ops.attention.splits import MOST_SPLITS, choose_splits, fewest_tiles, most_keys_seen
 from transfuse.ops.attention.triton_scores import (
     LN2,
     LOG2E,
@@ -49,7 +49,6 @@ from transfuse.ops.attention.variant import Variant
 
 MOST_ROWS = 128
 """heads / kv_heads * q_len up to here go split; beyond, programs of other queries fill the GPU."""
-MOST_SPLITS = 128
 _FORWARD_ROWS = 64  # of one program of the kernel for many queries
 _PROGRAMS_PER_SM = 2  # what the tiles' shared memory admits; the second loads while the first computes
 
@@ -243,8 +242,8 @@ def decode_forward(
     def run(tiles: Tiles) -> None:
         row_tiles = triton.cdiv(group_rows, tiles.BLOCK_M)
         programs = batch * kv_heads * row_tiles
-        key_tiles = triton.cdiv(_most_keys_seen(variant, q_len, k_len), tiles.BLOCK_N)
-        splits = choose_splits(programs, key_tiles, _fewest_tiles(group_rows, k, v, tiles.BLOCK_N), slots)
+        key_tiles = triton.cdiv(most_keys_seen(variant, q_len, k_len), tiles.BLOCK_N)
+        splits = choose_splits(programs, key_tiles, fewest_tiles(group_rows, k, v, tiles.BLOCK_N), slots)
         partial, sinks = Partial(None, None, None), per_head(variant.sinks)
         if splits > 1:
             partial = Partial(
@@ -338,36 +337,6 @@ def candidates(chosen: Tiles) -> list[Tiles]:
     found = [chosen._replace(BLOCK_N=max(16, chosen.BLOCK_N // 2)), chosen._replace(BLOCK_N=2 * chosen.BLOCK_N)]
     found += [chosen._replace(num_stages=3), chosen._replace(num_warps=2), chosen._replace(num_warps=8)]
     return found
-
-
-def _most_keys_seen(variant: Variant, q_len: int, k_len: int) -> int:
-    """How many keys the queries of one batch row can see, as far as the host knows."""
-    if variant.left < 0 or variant.right < 0:
-        return k_len
-    return min(k_len, variant.left + q_len + variant.right)
-
-
-def _fewest_tiles(group_rows: int, k: torch.Tensor, v: torch.Tensor, block_n: int) -> int:
-    """Key tiles that a split must have, for its fp32 result, written and read, to be a quarter of its keys at most."""
-    result = 2 * 4 * group_rows * v.shape[3]
-    keys = block_n * (k.shape[3] + v.shape[3]) * k.element_size()
-    return max(1, int(triton.cdiv(4 * result, max(keys, 1))))
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_splits(programs: int, key_tiles: int, fewest_tiles: int, slots: int) -> int:
-    """The fewest splits that keep the GPU at least 85% as busy as the best number of them would.
-
-    ``programs`` of one split each go through ``key_tiles``; ``slots`` run at once. n splits take
-    ceil(programs n / slots) waves of ceil(key_tiles / n) steps. Fewer splits mean less to combine.
-
-    >>> choose_splits(programs=8, key_tiles=64, fewest_tiles=1, slots=264), choose_splits(264, 64, 1, 264)
-    (32, 1)
-    """
-    most = max(1, min(MOST_SPLITS, key_tiles // fewest_tiles))
-    steps = [-(-programs * n // slots) * -(-key_tiles // n) for n in range(1, most + 1)]
-    enough = min(steps) / 0.85
-    return next(n for n, taken in enumerate(steps, 1) if taken <= enough)
 
 
 def few_rows(q: torch.Tensor, k: torch.Tensor) -> bool:
