@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import transfuse
+from families import assert_close, randomise_small
 from transfuse import TransformerConfig, from_pretrained
 from transfuse.errors import CheckpointError, ConfigError
 from transfuse.models import checkpoint_writer
@@ -62,20 +63,6 @@ def hf_llama(**changes: Any) -> Any:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**copy.deepcopy({**LLAMA, **changes}))).eval()
     randomise_small(model)
     return model
-
-
-@torch.no_grad()
-def randomise_small(model: torch.nn.Module) -> None:
-    """Biases start at 0 and norms at 1, which would hide a name that maps to the wrong place."""
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.add_(0.3 * torch.randn_like(parameter))
-
-
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-4) -> None:
-    assert ours.shape == theirs.shape
-    difference = (ours.float() - theirs.float()).abs().max().item()
-    assert difference <= tolerance * theirs.float().abs().max().item()
 
 
 def right_padded(vocab: int, lengths: tuple[int, ...] = (11, 7, 1)) -> dict[str, torch.Tensor]:

@@ -80,10 +80,11 @@ def products(q: torch.Tensor, k: torch.Tensor, scale: float, exact: bool) -> tor
     """scale * Q K^T in fp32 (fp64 for fp64).
 
     Products of low-precision matrices come rounded to that precision. The power of two in the scale, which rounds
-    nothing, goes in before and keeps fp16 from overflowing; the rest is applied in fp32.
+    nothing, goes in before and keeps fp16 from overflowing; the rest is applied in fp32. Where the scale is too large
+    for that (1 in T5 and GPT-Neo, whose scores do pass 65504), fp16 is multiplied in fp32.
     """
     wide = statistics_dtype(q)
-    if exact or q.dtype == wide:
+    if exact or q.dtype == wide or (q.dtype == torch.float16 and scale >= 0.5):
         s = fold(q.to(wide) * scale, k.shape[1]) @ k.mT.to(wide)
     else:
         rest, exponent = math.frexp(scale)
