@@ -83,7 +83,7 @@ def test_cross_attention_labels_rows_and_columns():
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["a", "small", "brown", "dog"]
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 5), (6, 20, 20), (5, 40, 40), (2, 3, 12, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5, 5), (6, 20, 20), (5, 40, 40), (2, 3, 12, 12), (4, 12, 20, 20)], ids=str)
 def test_head_grid_is_legible(shape):
     tokens = [SENTENCE[i % len(SENTENCE)] for i in range(shape[-1])]
     figure = viz.head_grid(causal_weights(*shape), tokens, title="every head")
@@ -128,6 +128,13 @@ def test_save_refuses_other_endings(tmp_path):
         viz.save(viz.attention_heatmap(torch.eye(2)), tmp_path / "map.docx")
 
 
+@pytest.mark.parametrize("figure", [None, "map", torch.eye(2)], ids=["None", "text", "tensor"])
+def test_save_refuses_what_is_no_figure(tmp_path, figure):
+    with pytest.raises(ArgumentError, match="save: expected a figure, got "):
+        viz.save(figure, tmp_path / "map.png")
+    assert not list(tmp_path.iterdir())
+
+
 def test_characters_without_a_glyph_are_escaped_and_nothing_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -137,6 +144,22 @@ def test_characters_without_a_glyph_are_escaped_and_nothing_warns():
     assert shown[1:3] == ["\\u0000", "␣the"]
     assert len(shown[3]) == 18
     assert shown[3].endswith("…")
+
+
+def test_glyphs_of_further_fonts_are_used(monkeypatch):
+    """STIX, which comes with matplotlib, has letters that its default font lacks."""
+    letter = "\u2a0a"  # a sum over an integral
+    caches = (viz._fonts, viz._has_glyph)
+    for fonts, shown in (((), "\\u2a0a"), (("STIXGeneral",), letter)):
+        monkeypatch.setattr(viz, "_MORE_FONTS", fonts)
+        for cached in caches:
+            cached.cache_clear()
+        assert viz.readable_token(letter) == shown
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            viz.attention_heatmap(torch.eye(2), [letter, "a"], title="one").canvas.draw()
+    for cached in caches:
+        cached.cache_clear()
 
 
 def test_a_long_title_widens_a_small_map():

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ Array = torch.Tensor | np.ndarray
 
 _CELL = 0.21  # inches a token takes: 40 labels of 8.5 pt stand clear of one another
 _MAX_SIDE = 26.0  # inches; longer sequences get smaller cells and fewer labels
+_MAX_GRID_SIDE = 32.0  # inches: 12 heads side by side keep every label of 20 tokens
 _MIN_CELL_FOR_LABEL = 0.125  # inches; below this a 6 pt label would touch the next one
 _MAX_LABEL = 18  # characters of one token label
 _VISIBLE = {
@@ -41,6 +43,13 @@ _VISIBLE = {
     "\u010a": "\u21b5",
     "\u2581": "\u2423",
 }
+# What matplotlib's own font lacks (Chinese, Japanese, Korean, Thai, emoji, ...) is drawn with those of these that are
+# installed.
+_MORE_FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK KR", "Source Han Sans", "IPAexGothic", "IPAGothic",
+    "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "Hiragino Sans", "PingFang SC", "Yu Gothic",
+    "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Thai", "Noto Sans Devanagari", "Noto Emoji",
+)  # fmt: skip
 _WEIGHTS_MAP = "Blues"  # one hue, light to dark: attention is a quantity from 0 up
 _SIGNED_MAP = "RdBu_r"  # two hues around zero: sines and biases have a sign
 
@@ -84,7 +93,7 @@ def attention_heatmap(
     axes.set_xlabel("key")
     axes.set_ylabel("query")
     if title:
-        axes.set_title(title, parse_math=False)
+        axes.set_title(title, parse_math=False, fontfamily=_fonts())
     _colour_bar(figure, image, axes, "attention weight")
     return figure
 
@@ -124,7 +133,7 @@ def head_grid(
         raise ArgumentError(f"head_grid: columns must be at least 1, got {columns}")
     row_labels, column_labels = _labels("head_grid", stack.shape[1:], tokens, key_tokens)
     grid_rows = math.ceil(len(stack) / columns)
-    cell = min(0.16, _MAX_SIDE / max(stack.shape[1] * grid_rows, stack.shape[2] * columns))
+    cell = min(0.16, _MAX_GRID_SIDE / max(stack.shape[1] * grid_rows, stack.shape[2] * columns))
     height, width = (max(1.3, n * cell) for n in stack.shape[1:])
     figure = _figure(
         max(columns * (width + 0.25) + 1.2 + _label_inches(row_labels), _title_inches(title)),
@@ -142,7 +151,7 @@ def head_grid(
         _label_axis(axes, "x", column_labels if outer_bottom else [], width / stack.shape[2], top=False)
         _label_axis(axes, "y", row_labels if outer_left else [], height / stack.shape[1])
     if title:
-        figure.suptitle(title, parse_math=False)
+        figure.suptitle(title, parse_math=False, fontfamily=_fonts(), fontsize=max(12.0, figure.get_figwidth()))
     _colour_bar(figure, image, list(maps[: len(stack)]), "attention weight")
     return figure
 
@@ -248,13 +257,15 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
         dpi: pixels per inch of a PNG.
 
     Raises:
-        ArgumentError: another ending.
+        ArgumentError: another ending, or no figure.
         OSError: the file cannot be written.
 
     >>> import tempfile
     >>> save(attention_heatmap(torch.eye(2)), tempfile.mkdtemp() + "/map.svg").name
     'map.svg'
     """
+    if not hasattr(figure, "savefig"):
+        raise ArgumentError(f"save: expected a figure, got {figure!r}; attention_heatmap, head_grid, ... make them")
     path = Path(path)
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ArgumentError(f"save: the file must end in .png, .svg or .pdf, got {path.name!r}")
@@ -338,12 +349,13 @@ def _label_axis(axes: Axes, which: str, labels: list[str], cell: float, *, top: 
         axes.xaxis.set_label_position("top")
     rotation = 90 if which == "x" and any(len(label) > 1 for label in labels) else 0
     shown = list(range(0, len(labels), step))
-    axis.set_ticks(shown, [labels[i] for i in shown], fontsize=size, rotation=rotation, parse_math=False)
+    names = [labels[i] for i in shown]
+    axis.set_ticks(shown, names, fontsize=size, fontfamily=_fonts(), rotation=rotation, parse_math=False)
     axis.set_tick_params(length=2 if labels else 0, pad=2)
 
 
 def _label_inches(labels: list[str]) -> float:
-    return 0.085 * max((len(label) for label in labels), default=0)
+    return 0.085 * max((len(label) + sum(east_asian_width(c) in "WF" for c in label) for label in labels), default=0)
 
 
 def _title_inches(title: str | None) -> float:
@@ -373,9 +385,20 @@ def _colours(count: int) -> Any:
 
 
 @cache
+def _fonts() -> list[str]:
+    """The fonts that a label may need: the configured one, then the installed ones of _MORE_FONTS."""
+    _require_matplotlib()
+    from matplotlib.font_manager import FontProperties, fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    return [*FontProperties().get_family(), *(name for name in _MORE_FONTS if name in installed)]
+
+
+@cache
 def _has_glyph(character: str) -> bool:
-    """Whether the default font can draw it; what it cannot draw would be an empty box and a warning."""
+    """Whether one of the fonts can draw it; what they cannot draw would be an empty box and a warning."""
     _require_matplotlib()
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    return get_font(findfont(FontProperties())).get_char_index(ord(character)) != 0
+    files = (findfont(FontProperties(family=[name])) for name in _fonts())
+    return any(get_font(file).get_char_index(ord(character)) != 0 for file in files)
