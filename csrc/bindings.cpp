@@ -56,6 +56,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("attention_forward", &transfuse::attention_forward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "mask"_a, "bias"_a,
         "slopes"_a, "sinks"_a, "q_starts"_a, "k_starts"_a, "k_lengths"_a, "seed"_a, "max_q"_a, "max_k"_a, "scale"_a,
         "left"_a, "right"_a, "first"_a, "softcap"_a, "dropout_p"_a, "target"_a, released());
+  m.def("attention_backward", &transfuse::attention_backward, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "dout"_a, "dlse"_a,
+        "statistics"_a, "dq"_a, "dk"_a, "dv"_a, "dbias"_a, "dbias_partial"_a, "dslopes"_a, "dsinks"_a, "mask"_a,
+        "bias"_a, "slopes"_a, "sinks"_a, "q_starts"_a, "k_starts"_a, "k_lengths"_a, "seed"_a, "max_q"_a, "max_k"_a,
+        "scale"_a, "left"_a, "right"_a, "first"_a, "softcap"_a, "dropout_p"_a, "target"_a, released());
   m.def("attention_decode", &transfuse::attention_decode, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "partial_out"_a,
         "partial_highest"_a, "partial_totals"_a, "mask"_a, "bias"_a, "slopes"_a, "sinks"_a, "q_starts"_a, "k_starts"_a,
         "k_lengths"_a, "seed"_a, "max_q"_a, "max_k"_a, "scale"_a, "left"_a, "right"_a, "first"_a, "softcap"_a,

@@ -89,6 +89,30 @@ void attention_forward(const TensorView& q,    // (batch, heads, q_len, D), rows
                        std::optional<int> first,    // none: the last query stands at the last key
                        float softcap, double dropout_p, const LaunchTarget& target);
 
+// Gradients of attention_forward's inputs, from its arguments, its results, and the gradients of those. dbias is for a bias
+// of each score's own; of any other, dbias_partial gets `splits` partial sums. What no tile of dbias, dslopes and dsinks
+// covers keeps what it holds, as do rows of dq, dk and dv that belong to no sequence.
+void attention_backward(const TensorView& q,    // as attention_forward's, to lse
+                        const TensorView& k,
+                        const TensorView& v,
+                        const TensorView& out,
+                        const TensorView& lse,
+                        const TensorView& dout,               // like out
+                        const OptionalTensor& dlse,           // like lse
+                        const TensorView& statistics,         // (batch, heads, q_len, 2), float32, written
+                        const TensorView& dq,                 // like q
+                        const TensorView& dk,                 // like k
+                        const TensorView& dv,                 // like v
+                        const OptionalTensor& dbias,          // (batch, heads, q_len, k_len), bias's dtype or float32
+                        const OptionalTensor& dbias_partial,  // (splits, bias's sizes), contiguous, likewise
+                        const OptionalTensor& dslopes,        // (batch, heads, tiles, 1), float32: partial sums
+                        const OptionalTensor& dsinks,         // likewise; tiles of 32 queries
+                        const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& slopes,
+                        const OptionalTensor& sinks, const OptionalTensor& q_starts, const OptionalTensor& k_starts,
+                        const OptionalTensor& k_lengths, const OptionalTensor& seed, int64_t max_q, int64_t max_k,
+                        float scale, int left, int right, std::optional<int> first, float softcap, double dropout_p,
+                        const LaunchTarget& target);
+
 // attention_forward for few queries: keys are split among blocks, whose results are then combined. The partial results
 // are given where there are several splits, at most 128; rows = batch * heads * q_len. Rows are not packed.
 void attention_decode(const TensorView& q,    // (batch, heads, q_len, D), rows aligned to 16 bytes

@@ -33,8 +33,8 @@ template <typename T, int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(T* tile, const T* rows, int64_t row_stride, int first, int end, int width) {
   constexpr int kChunks = D / kChunk<T>;
   static_assert(ROWS * kChunks % THREADS == 0 && kChunks >= 8);
-#pragma unroll
-  for (int i = 0; i < ROWS * kChunks / THREADS; ++i) {
+#pragma unroll 2
+  for (int i = 0; i < ROWS * kChunks / THREADS; ++i) {  // unrolled further, all addresses would stay in registers
     const int index = i * THREADS + static_cast<int>(threadIdx.x);
     const int row = index / kChunks, chunk = index % kChunks;
     const bool inside = first + row < end && chunk * kChunk<T> < width;

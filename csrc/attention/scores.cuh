@@ -162,11 +162,11 @@ __device__ __forceinline__ void store_two(T* to, float low, float high) {
 }
 
 // sum += A B^T [16, 8 TILES] of A's tile's rows from `row` on, the warp's, and all rows of B's, both D wide.
-template <typename T, int D, int TILES>
+// UNROLL: of its steps; few of them keep few addresses and fragments in registers.
+template <typename T, int D, int UNROLL = (D / kStep<T> <= 16 ? D / kStep<T> : 8), int TILES>
 __device__ __forceinline__ void multiply_rows(float (&sum)[TILES][4], T* a_tile, T* b_tile, int row = warp_row()) {
-  constexpr int kSteps = D / kStep<T>;
-#pragma unroll kSteps <= 16 ? kSteps : 8
-  for (int d = 0; d < kSteps; ++d) {
+#pragma unroll UNROLL
+  for (int d = 0; d < D / kStep<T>; ++d) {
     uint32_t a[4];
     load_a<T, D>(a, a_tile, row, d);
 #pragma unroll

@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 
 from transfuse import _extension
-from transfuse.ops.attention import cuda_decode
+from transfuse.ops.attention import cuda_backward, cuda_decode
 from transfuse.ops.attention.cuda_arguments import Rows, aligned, packed, shaping, unpacked
 from transfuse.ops.attention.variant import Variant
+
+attention_backward = cuda_backward.attention_backward
+attention_varlen_backward = cuda_backward.attention_varlen_backward
+attention_decode_backward = cuda_backward.attention_decode_backward
 
 
 def attention_forward(
