@@ -64,6 +64,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "partial_highest"_a, "partial_totals"_a, "mask"_a, "bias"_a, "slopes"_a, "sinks"_a, "q_starts"_a, "k_starts"_a,
         "k_lengths"_a, "seed"_a, "max_q"_a, "max_k"_a, "scale"_a, "left"_a, "right"_a, "first"_a, "softcap"_a,
         "dropout_p"_a, "target"_a, released());
+  m.def("attention_weights", &transfuse::attention_weights, "q"_a, "k"_a, "lse"_a, "weights"_a, "mask"_a, "bias"_a,
+        "slopes"_a, "sinks"_a, "q_starts"_a, "k_starts"_a, "k_lengths"_a, "seed"_a, "max_q"_a, "max_k"_a, "scale"_a,
+        "left"_a, "right"_a, "first"_a, "softcap"_a, "dropout_p"_a, "target"_a, released());
   m.def("rotary_append", &transfuse::rotary_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "q_out"_a, "k_out"_a,
         "v_out"_a, "starts"_a, "start"_a, "inverse"_a, "target"_a, released());
 }

@@ -129,6 +129,18 @@ void attention_decode(const TensorView& q,    // (batch, heads, q_len, D), rows 
                       float scale, int left, int right, std::optional<int> first, float softcap, double dropout_p,
                       const LaunchTarget& target);
 
+// The probabilities exp(score - lse) that attention_forward's lse belongs to, a sink's share left out; zero in rows whose
+// lse is -inf. Without sinks, packed rows, lengths and seed.
+void attention_weights(const TensorView& q,        // (batch, heads, q_len, D), rows aligned to 16 bytes
+                       const TensorView& k,        // (batch, kv_heads, k_len, D), likewise
+                       const TensorView& lse,      // (batch, heads, q_len, 1), float32
+                       const TensorView& weights,  // (batch, heads, q_len, k_len), keys contiguous, q's dtype
+                       const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& slopes,
+                       const OptionalTensor& sinks, const OptionalTensor& q_starts, const OptionalTensor& k_starts,
+                       const OptionalTensor& k_lengths, const OptionalTensor& seed, int64_t max_q, int64_t max_k,
+                       float scale, int left, int right, std::optional<int> first, float softcap, double dropout_p,
+                       const LaunchTarget& target);
+
 // q and k turned by the angles of their positions (backwards with `inverse`), k and v written from place `start` of a
 // cache on, or of a tensor of their own length. A part may be left out: without q, cos and sin it appends.
 void rotary_append(const OptionalTensor& q,      // (batch, length, heads, D), k's dtype

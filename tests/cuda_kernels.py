@@ -187,7 +187,7 @@ MORE_CASES = {  # than Triton's: CUDA's kernels are instantiated by width and by
     **{f"varlen_{d}": functools.partial(varlen, head_dim=d) for d in (32, 256)},
     **{f"weights_{d}": functools.partial(weights, head_dim=d) for d in (32, 64, 128, 256)},
     **{f"decode_{d}_{q}": functools.partial(decode, head_dim=d, q_len=q) for d in (32, 64, 128, 256) for q in (1, 8)},
-    **{f"rotary_{d}": functools.partial(rotary, head_dim=d) for d in (64, 80)},
+    **{f"rotary_{d}": functools.partial(rotary, head_dim=d) for d in (20, 64, 80)},
     **{f"ffn_{a}": functools.partial(ffn, activation=a) for a in ("relu", "gelu", "gelu_tanh", "silu")},
     **{f"ffn_gated_{a}": functools.partial(ffn, activation=a, gated=True) for a in ("relu", "gelu", "gelu_tanh")},
 }

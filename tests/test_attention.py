@@ -1,4 +1,4 @@
-"""attention and attention_weights on every backend: values, gradients, broadcasting, strides, empties, edge cases."""
+"""attention on every backend: values, gradients, broadcasting, strides, empties, edge cases."""
 
 from __future__ import annotations
 
@@ -462,41 +462,6 @@ def test_gradients_repeat_bitwise(feature, scores, backend, device):
 
     for a, b in zip(gradients(), gradients(), strict=True):
         assert torch.equal(a, b)
-
-
-# --- attention_weights ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("feature", [f for f in FEATURES if "sinks" not in f])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_weights(feature, dtype, backend, device):
-    shape = Shape(2, 4, 2, 11, 13, 16, 16)
-    more, options = features(feature, shape, dtype, device)
-    tensors = {**inputs(shape, dtype, device), **more}
-    v = tensors.pop("v")
-    skip_unless(registration.why_not(backend, "attention_weights", tensors["q"], tensors["k"], v, Variant()))
-    _, lse = attention(tensors["q"], tensors["k"], v, **more, **options, return_lse=True)
-    tensors["lse"] = lse
-    check(
-        lambda **kw: attention_weights(**kw, backend=backend),
-        lambda **kw: attention_weights(**kw, backend="reference"),
-        tensors,
-        grads=[n for n, t in tensors.items() if t.is_floating_point()],
-        names=("weights",),
-        **options,
-    )
-
-
-def test_weights_times_values_are_the_output():
-    shape = Shape(2, 4, 2, 11, 13, 16, 16)
-    more, options = features("lower_right-mask-bias-alibi-window-softcap-sinks", shape, torch.float64)
-    tensors = {**inputs(shape, torch.float64), **more}
-    out, lse = attention(**tensors, **options, return_lse=True)
-    more.pop("sinks")
-    weights = attention_weights(tensors["q"], tensors["k"], lse, **more, **options)
-    torch.testing.assert_close(weights @ tensors["v"].repeat_interleave(2, 1), out)
-    assert (weights.sum(-1) < 1).all()  # the sink has its share
-    assert weights[:, :, 11 // 2].eq(0).all()
 
 
 # --- torch's own ----------------------------------------------------------------------------------------------------

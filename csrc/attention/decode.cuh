@@ -273,8 +273,14 @@ class Decode {
   float o_[kOutTiles][4] = {};
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kBlocks = 3;  // of a multiprocessor: what its shared memory holds
+#else
+constexpr int kBlocks = 2;
+#endif
+
 template <typename T, int D, int DV, int WARPS, int STAGES>
-__global__ void __launch_bounds__(WARPS * 32, 3) attention_decode_kernel(const DecodeParams p) {
+__global__ void __launch_bounds__(WARPS * 32, kBlocks) attention_decode_kernel(const DecodeParams p) {
   Decode<T, D, DV, WARPS, STAGES>(p).run();
 }
 

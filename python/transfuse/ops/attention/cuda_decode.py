@@ -49,6 +49,20 @@ def decode_forward(
     return (out if v_dim == v.shape[3] else out[..., :v_dim]), lse
 
 
+def weights(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """P: (batch, heads, q_len, k_len) in q's dtype, zero in rows whose lse is -inf."""
+    q_len, k_len = q.shape[2], k.shape[2]
+    p = q.new_empty(*q.shape[:3], k_len)
+    if p.numel() == 0:
+        return p
+    q, k = aligned(q), aligned(k)
+    arguments, held = shaping(variant._replace(sinks=None), None, Rows(q_len, k_len), q.device)
+    views = (_extension.view(t) for t in (q, k, lse[..., None], p))
+    _extension.kernels().attention_weights(*views, *arguments)
+    del held
+    return p
+
+
 def few_rows(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether the queries that share a key head are few enough for decode_forward."""
     return k.shape[1] == 0 or q.shape[1] // k.shape[1] * q.shape[2] <= MOST_ROWS

@@ -23,6 +23,11 @@ def attention_forward(
     return _forward(q, k, v, variant, seed, Rows(q.shape[2], k.shape[2]))
 
 
+def attention_weights_forward(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, variant: Variant) -> torch.Tensor:
+    """P: (batch, heads, q_len, k_len) in q's dtype, zero in rows whose lse is -inf."""
+    return cuda_decode.weights(q, k, lse, variant)
+
+
 def attention_varlen_forward(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -56,8 +56,6 @@ def why_not(backend: str, op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     widest = max(q.shape[-1], v.shape[-1])
     if reason is None and widest > _LARGEST_HEAD_DIM:
         reason = f"the kernels take a head_dim up to {_LARGEST_HEAD_DIM}, got {widest} (use backend='torch')"
-    if reason is None and backend == "cuda" and op == "attention_weights":
-        reason = f"there is no CUDA kernel for {op} (use backend='triton' or 'torch')"
     return reason
 
 
