@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from transfuse import generation
 from transfuse.errors import ArgumentError
+from transfuse.generation.settings import GenerationConfig, Knobs
 from transfuse.models import Decoder, Seq2Seq
 from transfuse.models.tokenizer import Tokenizer, as_texts
 from transfuse.tasks.running import at_least, batches, check_pair
 
-# The knobs of generation that checkpoints set for a task in config.json.
-_TASK_KNOBS = (
-    "do_sample", "early_stopping", "length_penalty", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
-    "no_repeat_ngram_size", "num_beams", "repetition_penalty", "temperature", "top_k", "top_p",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def generate(
@@ -29,7 +27,10 @@ def generate(
     add_special_tokens: bool = True,
     batch_size: int = 32,
     progress: bool | None = None,
-    **knobs: Any,
+    generation_config: GenerationConfig | None = None,
+    generator: torch.Generator | None = None,
+    assistant_model: Any = None,
+    **knobs: Unpack[Knobs],
 ) -> list[str]:
     """What the model writes after each prompt, without the prompt.
 
@@ -40,8 +41,9 @@ def generate(
         add_special_tokens: add what the model expects around a text; False for text from a chat template.
         batch_size: prompts at a time; those of like length share a batch.
         progress: show a bar on standard error; None: on a terminal, if there is much to do.
-        **knobs: as for :func:`transfuse.generation.generate`: max_new_tokens, temperature, generator, ... Where neither
-            they nor the model say which token ends a text, the tokenizer does.
+        generation_config, generator, assistant_model: as for :func:`transfuse.generation.generate`.
+        **knobs: those of :class:`transfuse.generation.GenerationConfig`: max_new_tokens, temperature, num_beams, ...
+            Where neither they nor the model say which token ends a text, the tokenizer does.
 
     Returns:
         num_return_sequences texts for each prompt, those of one prompt next to one another; special tokens left out.
@@ -65,13 +67,16 @@ def generate(
         raise ArgumentError("generate: expected at least one prompt, got none")
     encodings = [windows[0] for windows in tokenizer.windows(texts, add_special_tokens=add_special_tokens)]
     _check_prompts(texts, [len(encoding.ids) for encoding in encodings])
-    knobs, ends = _with_ids(model, tokenizer, knobs)
+    settings, ends = _settings(model, tokenizer, generation_config, knobs)
     written: list[list[str]] = [[] for _ in texts]
     for chosen in batches([len(encoding.ids) for encoding in encodings], batch_size, "generate", progress):
         batch = tokenizer.pad([encodings[i] for i in chosen], padding_side="left", device=model.device)
-        tokens = generation.generate(model, batch["input_ids"], batch["attention_mask"], **knobs)
-        # An encoder-decoder's own tokens begin with what it starts from.
-        first = _given(knobs) if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+        tokens = generation.generate(
+            model, batch["input_ids"], batch["attention_mask"], settings,
+            generator=generator, tokenizer=tokenizer, assistant_model=assistant_model,
+        )  # fmt: skip
+        # An encoder-decoder's own tokens begin with the one it starts from.
+        first = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
         rows = [tokenizer.decode(_until(row, ends)) for row in tokens[:, first:].tolist()]
         copies = len(rows) // len(chosen)
         for at, i in enumerate(chosen):
@@ -85,7 +90,10 @@ def stream_text(
     prompt: str,
     *,
     add_special_tokens: bool = True,
-    **knobs: Any,
+    generation_config: GenerationConfig | None = None,
+    generator: torch.Generator | None = None,
+    assistant_model: Any = None,
+    **knobs: Unpack[Knobs],
 ) -> Iterator[str]:
     """As :func:`generate` for one prompt, but piece by piece as the text is made: join them for the whole.
 
@@ -103,8 +111,11 @@ def stream_text(
     check_pair("generate", model, tokenizer, (Decoder, Seq2Seq), "encoders write no text")
     batch = tokenizer(prompt, add_special_tokens=add_special_tokens, device=model.device)
     _check_prompts([prompt], batch["attention_mask"].sum(1).tolist())
-    knobs, ends = _with_ids(model, tokenizer, knobs)
-    steps = generation.stream(model, batch["input_ids"], batch["attention_mask"], **knobs)
+    settings, ends = _settings(model, tokenizer, generation_config, knobs)
+    steps = generation.stream(
+        model, batch["input_ids"], batch["attention_mask"], settings,
+        generator=generator, tokenizer=tokenizer, assistant_model=assistant_model,
+    )  # fmt: skip
     return _pieces(tokenizer, steps, ends)
 
 
@@ -118,7 +129,8 @@ def translate(
     prefix: str | None = None,
     batch_size: int = 32,
     progress: bool | None = None,
-    **knobs: Any,
+    generator: torch.Generator | None = None,
+    **knobs: Unpack[Knobs],
 ) -> list[str]:
     """Each text in another language.
 
@@ -132,8 +144,8 @@ def translate(
         texts: one text or several.
         source, target: languages, by the names that the checkpoint uses ("en", "de", "pt_BR").
         prefix: what stands before every text instead, such as "translate English to German: ".
-        batch_size, progress: as for :func:`generate`.
-        **knobs: as for :func:`transfuse.generation.generate`, instead of those in config.json.
+        batch_size, progress, generator: as for :func:`generate`.
+        **knobs: as for :func:`generate`, instead of those in config.json.
 
     Returns:
         num_return_sequences texts for each text, those of one text next to one another.
@@ -153,9 +165,8 @@ def translate(
     settings: Mapping[str, Any] = {}
     if prefix is None:
         settings, prefix = _translation(model, tokenizer, source, target)
-    return _rewrite(
-        model, tokenizer, as_texts("translate: texts", texts), prefix, settings, batch_size, progress, knobs
-    )
+    given = as_texts("translate: texts", texts)
+    return _rewrite(model, tokenizer, given, prefix, settings, batch_size, progress, generator, knobs)
 
 
 def summarize(
@@ -166,7 +177,8 @@ def summarize(
     prefix: str | None = None,
     batch_size: int = 32,
     progress: bool | None = None,
-    **knobs: Any,
+    generator: torch.Generator | None = None,
+    **knobs: Unpack[Knobs],
 ) -> list[str]:
     """Each text in short.
 
@@ -175,8 +187,8 @@ def summarize(
         tokenizer: the model's.
         texts: one text or several.
         prefix: what stands before every text; None: what config.json has for the task ("summarize: " in T5's).
-        batch_size, progress: as for :func:`generate`.
-        **knobs: as for :func:`transfuse.generation.generate`, instead of those in config.json.
+        batch_size, progress, generator: as for :func:`generate`.
+        **knobs: as for :func:`generate`, instead of those in config.json.
 
     Returns:
         num_return_sequences texts for each text, those of one text next to one another.
@@ -195,9 +207,8 @@ def summarize(
     settings = _task_params(model).get("summarization", {})
     if prefix is None:
         prefix = _prefix(model, settings)
-    return _rewrite(
-        model, tokenizer, as_texts("summarize: texts", texts), prefix, settings, batch_size, progress, knobs
-    )
+    given = as_texts("summarize: texts", texts)
+    return _rewrite(model, tokenizer, given, prefix, settings, batch_size, progress, generator, knobs)
 
 
 def count_tokens(tokenizer: Tokenizer, texts: str | Sequence[str], *, add_special_tokens: bool = True) -> list[int]:
@@ -231,18 +242,21 @@ def _rewrite(
     settings: Mapping[str, Any],
     batch_size: int,
     progress: bool | None,
-    knobs: dict[str, Any],
+    generator: torch.Generator | None,
+    knobs: Knobs,
 ) -> list[str]:
     """What the model writes for each text behind the prefix."""
-    for name, text in enumerate(texts):
+    for i, text in enumerate(texts):
         if not text.strip():
-            raise ArgumentError(f"every text must hold a word, texts[{name}] is {text!r}")
-    known = {name: settings[name] for name in _TASK_KNOBS if settings.get(name) is not None}
-    for new, old in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
-        if knobs.get(new) is not None:  # the caller's say replaces the checkpoint's in either form
-            known.pop(old, None)
-    given = [prefix + text for text in texts]
-    return generate(model, tokenizer, given, batch_size=batch_size, progress=progress, **{**known, **knobs})
+            raise ArgumentError(f"every text must hold a word, texts[{i}] is {text!r}")
+    known = {name: v for name, v in settings.items() if name in Knobs.__annotations__ and v is not None}
+    if {"max_length", "max_new_tokens"} & knobs.keys():  # the checkpoint's own lengths would contradict the caller's
+        known = {name: value for name, value in known.items() if not name.startswith(("max_", "min_"))}
+    config = (model.generation_config or GenerationConfig()).replaced(known)
+    return generate(
+        model, tokenizer, [prefix + text for text in texts], batch_size=batch_size, progress=progress,
+        generation_config=config, generator=generator, **knobs,
+    )  # fmt: skip
 
 
 def _translation(
@@ -299,24 +313,16 @@ def _check_prompts(prompts: list[str], lengths: list[int]) -> None:
             raise ArgumentError(f"generate: every prompt must hold a token, prompts[{i}] is {prompt!r}")
 
 
-def _with_ids(
-    model: Decoder | Seq2Seq, tokenizer: Tokenizer, knobs: dict[str, Any]
-) -> tuple[dict[str, Any], tuple[int, ...]]:
+def _settings(
+    model: Decoder | Seq2Seq, tokenizer: Tokenizer, config: GenerationConfig | None, knobs: Knobs
+) -> tuple[GenerationConfig, tuple[int, ...]]:
     """The knobs with what the tokenizer knows, and the tokens that end a text."""
-    found = (knobs.get("eos_token_id"), model.config.eos_token_id, tokenizer.target.eos_token_id)
+    settings = (config or model.generation_config or GenerationConfig()).replaced(knobs)
+    found = (settings.eos_token_id, model.config.eos_token_id, tokenizer.target.eos_token_id)
     ends = next((ids for ids in found if ids is not None), ())
-    knobs = {**knobs, "eos_token_id": ends}
-    if knobs.get("pad_token_id") is None:
-        knobs["pad_token_id"] = tokenizer.target.pad_token_id
-    if knobs.get("stop_strings"):
-        knobs.setdefault("tokenizer", tokenizer)
-    return knobs, (ends,) if isinstance(ends, int) else tuple(ends)
-
-
-def _given(knobs: Mapping[str, Any]) -> int:
-    """How many tokens an encoder-decoder's output begins with that were given."""
-    start = knobs.get("decoder_input_ids")
-    return 1 if start is None else int(start.shape[1])
+    pad = tokenizer.target.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
+    settings = settings.replaced({"eos_token_id": ends, "pad_token_id": pad})
+    return settings, (ends,) if isinstance(ends, int) else tuple(ends)
 
 
 def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
