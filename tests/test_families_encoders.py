@@ -16,7 +16,7 @@ from families import assert_close, assert_comes_back, assert_same_outputs, hf, l
 from transfuse import from_pretrained
 from transfuse.errors import ArgumentError, CheckpointError, ConfigError
 from transfuse.models import NextSentencePredictor, Pretraining, SequenceClassifier, TransformerConfig
-from transfuse.models.families import find_family
+from transfuse.models.families import _families, find_family
 from transfuse.models.pretrained import save_pretrained
 
 BERT = {
@@ -236,3 +236,15 @@ def test_dropout_acts_where_the_configuration_says(tmp_path: Path) -> None:
     bias = ours.classifier.bias
     assert (ours(ids).logits == bias).all(1).any(), "nearly all of what the classifier reads is dropped"
     torch.testing.assert_close(ours.encoder(ids).pooler_output, ours.eval().encoder(ids).pooler_output)
+
+
+def test_the_page_names_every_class() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+    for name, family in _families().items():
+        if name != "transfuse":
+            absent = [
+                f"{task}: {cls}"
+                for task, cls in family.tasks.items()
+                if f"`{task}`: " not in page or f"`{cls}`" not in page
+            ]
+            assert not absent, f"docs/families.md lacks {absent} of {name}"

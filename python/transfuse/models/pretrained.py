@@ -84,8 +84,9 @@ def from_pretrained(
         path_or_id: a folder with ``config.json`` and safetensors weights, a ``.gguf`` file (Llama), a short name
             ("minilm", "smollm2": fetched once, see ``transfuse.weights``), or a model id of the Hugging Face hub, whose
             cache is used first.
-        task: which head; by default the one that ``architectures`` in config.json names. BERT has "encoder",
-            "masked-lm", "sequence-classification", "token-classification", "question-answering"; Llama "causal-lm".
+        task: which head; by default the one that ``architectures`` in config.json names. Encoders have "encoder",
+            "masked-lm", "sequence-classification", "token-classification", "question-answering" (BERT also
+            "next-sentence-prediction" and "pretraining"), decoders "causal-lm", "decoder" and the three classifiers.
         dtype: of the parameters; by default the checkpoint's own, fp32 for a GGUF file.
         device: where the parameters go; by default torch's default device.
         revision: branch, tag or commit, for hub ids.
