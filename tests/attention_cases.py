@@ -199,6 +199,8 @@ def sizes_of_intermediates(
     delta = (p * dp).sum(-1) + (0 if dlse is None else dlse.abs())
     ds = p * (dp + delta[..., None])
     scale = q.shape[3] ** -0.5 if options.get("scale") is None else abs(options["scale"])  # type: ignore[arg-type]
+    if "lse" not in found:  # a score may be less than the terms of its sum, which fp32 adds in any order
+        found["lse"] = scale * (q.abs() @ k.abs().mT).max().item()
     found["dq"] = scale * (ds @ k.abs()).max().item()
     found["dk"] = scale * group * (ds.mT @ q.abs()).max().item()
     found["dv"] = group * (p.mT @ dout.abs()).max().item()
