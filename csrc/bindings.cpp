@@ -69,4 +69,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "left"_a, "right"_a, "first"_a, "softcap"_a, "dropout_p"_a, "target"_a, released());
   m.def("rotary_append", &transfuse::rotary_append, "q"_a, "k"_a, "v"_a, "cos"_a, "sin"_a, "q_out"_a, "k_out"_a,
         "v_out"_a, "starts"_a, "start"_a, "inverse"_a, "target"_a, released());
+  m.def("ffn_product", &transfuse::ffn_product, "layout"_a, "tile"_a, "splits"_a, "a"_a, "b"_a, "b_gate"_a, "a2"_a,
+        "b2"_a, "partials"_a, "out"_a, "bias"_a, "up"_a, "gate"_a, "dgate"_a, "hidden"_a, "sums"_a, "seed"_a,
+        "activation"_a, "backward"_a, "dropout_p"_a, "target"_a, released());
+  m.def("ffn_combine", &transfuse::ffn_combine, "c"_a, "g"_a, "rows_a_block"_a, "out"_a, "bias"_a, "up"_a, "gate"_a,
+        "dgate"_a, "hidden"_a, "sums"_a, "seed"_a, "activation"_a, "backward"_a, "dropout_p"_a, "target"_a,
+        released());
 }

@@ -154,4 +154,32 @@ void rotary_append(const OptionalTensor& q,      // (batch, length, heads, D), k
                    const OptionalTensor& starts,  // (batch), int32 or int64; without it `start` counts for all rows
                    int64_t start, bool inverse, const LaunchTarget& target);
 
+// A product of stored matrices and its end, or its partial sums where K is split: csrc/ffn/ends.cuh has the mathematics,
+// product_tiles.cuh the tiles. Stored: rows aligned to 16 bytes, whatever their width.
+void ffn_product(int layout,                      // 0: C = a b^T, 1: C = a b, 2: C = a^T b
+                 int tile, int splits,            // as of product_tiles.cuh; ranges of K
+                 const TensorView& a,             // (M, K), of layout 2 (K, M): float32, float16 or bfloat16
+                 const TensorView& b,             // (K, N), of layout 0 (N, K), a's dtype
+                 const OptionalTensor& b_gate,    // like b, of layout 0
+                 const OptionalTensor& a2,        // like a: C = a b + a2 b2
+                 const OptionalTensor& b2,        // like b
+                 const OptionalTensor& partials,  // (splits, twice where gated, M, N), float32; then no end
+                 const OptionalTensor& out,       // (M, N), columns contiguous, a's dtype; up to hidden likewise
+                 const OptionalTensor& bias,      // (N), contiguous, a's dtype
+                 const OptionalTensor& up, const OptionalTensor& gate,  // written forward, read backward
+                 const OptionalTensor& dgate, const OptionalTensor& hidden,
+                 const OptionalTensor& sums,  // (tiles of M, N), contiguous, float32
+                 const OptionalTensor& seed,  // (2), int64; without it nothing is dropped
+                 int activation,              // 0: none, then in order of ops.ffn.ACTIVATIONS
+                 bool backward, double dropout_p, const LaunchTarget& target);
+
+// The sum over `parts` of c, beside it g, and the same end of it.
+void ffn_combine(const TensorView& c,      // (parts, M, N), columns contiguous, rows aligned: float32 or out's dtype
+                 const OptionalTensor& g,  // as c, strides too
+                 int rows_a_block,         // each gives a row of sums
+                 const OptionalTensor& out, const OptionalTensor& bias, const OptionalTensor& up,
+                 const OptionalTensor& gate, const OptionalTensor& dgate, const OptionalTensor& hidden,
+                 const OptionalTensor& sums, const OptionalTensor& seed, int activation, bool backward,
+                 double dropout_p, const LaunchTarget& target);
+
 }  // namespace transfuse

@@ -239,10 +239,12 @@ def _table(device: torch.device) -> _Table:
 
 def _name(device: torch.device) -> str:
     """What a measurement holds for: tiles that are best on one GPU and compiler are not on others."""
-    import triton
-
+    try:
+        from triton import __version__ as version
+    except ImportError:  # what was measured are CUDA kernels alone
+        version = "none"
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    return f"{kind}, triton {triton.__version__}"
+    return f"{kind}, triton {version}"
 
 
 def _path() -> Path | None:

@@ -1,8 +1,8 @@
 """The feed-forward network as one op, plain or gated, and the linear layer with its activation.
 
 ``reference`` is the specification and ``torch_impl`` the plain-PyTorch path; this file validates once, picks, calls,
-and registers. ``triton_impl`` holds the Triton kernels; a kernel module has ``why_not(op, *tensors)`` and torch_impl's
-``*_forward`` and ``*_backward``.
+and registers. ``triton_impl`` and ``cuda_impl`` hold the kernels; a kernel module has ``why_not(op, *tensors)`` and
+torch_impl's ``*_forward`` and ``*_backward``.
 """
 
 from __future__ import annotations
@@ -174,14 +174,16 @@ def _implementation(backend: str) -> ModuleType:
         from transfuse.ops.ffn import triton_impl
 
         return triton_impl
+    if backend == "cuda":
+        from transfuse.ops.ffn import cuda_impl
+
+        return cuda_impl
     return torch_impl
 
 
 def _why_not(backend: str, op: str, *tensors: torch.Tensor | None) -> str | None:
     if backend in ("torch", "reference"):
         return None
-    if backend == "cuda":
-        return f"there is no {backend} kernel for {op} (use backend='torch')"
     return _implementation(backend).why_not(op, *tensors)
 
 

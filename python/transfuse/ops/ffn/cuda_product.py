@@ -1,0 +1,230 @@
+"""The launches of ``csrc/ffn``: a product with its end, its partial sums, or torch's matmul and the end.
+
+``ends`` hold what csrc/ffn/ends.cuh reads and writes. Everything that is allocated here has rows of whole 16 bytes, so
+that it can be an operand of the next product without a copy, whatever its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from transfuse import _extension
+from transfuse.ops._tuning import tuned
+from transfuse.ops.ffn import ACTIVATIONS, cuda_plans
+from transfuse.ops.ffn.cuda_plans import CUBLAS, FORWARD, INPUT, WEIGHT, Plan
+
+
+class Ends(NamedTuple):
+    """What the end of a product reads and writes, None where absent; columns contiguous."""
+
+    out: torch.Tensor | None = None
+    """(M, N) written: the result forward, du backward."""
+    bias: torch.Tensor | None = None
+    """(N,) read."""
+    up: torch.Tensor | None = None
+    """(M, N) u: written forward, read backward."""
+    gate: torch.Tensor | None = None
+    """(M, N) g: written forward, read backward."""
+    dgate: torch.Tensor | None = None
+    """(M, N) dg: written backward."""
+    hidden: torch.Tensor | None = None
+    """(M, N) k h: written backward."""
+    sums: torch.Tensor | None = None
+    """(groups of rows, N) fp32, sums of du over each: written backward."""
+    seed: torch.Tensor | None = None
+    """int64 (2,) of the dropout."""
+
+
+def product(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ends: Ends,
+    *,
+    b_gate: torch.Tensor | None = None,
+    activation: str = "",
+    backward: bool = False,
+    dropout_p: float = 0.0,
+    sums: bool = False,
+) -> torch.Tensor | None:
+    """``a @ b`` with its end; a: (M, K), b, b_gate: (K, N), any strides.
+
+    Returns:
+        With ``sums`` (backward alone) du summed over its rows, (N,) in a's dtype.
+    """
+    (M, K), N = a.shape, b.shape[1]
+    layout, *operands = _operands(a, b, b_gate, None)
+    kind = "gated" if b_gate is not None else "backward" if backward else "end"
+    found: list[torch.Tensor | None] = []
+
+    def end(c: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor | None:
+        return combine(c, g, ends, activation=activation, backward=backward, dropout_p=dropout_p, sums=sums)
+
+    def run(plan: Plan) -> None:
+        if plan.tile == CUBLAS:
+            c, g = (a @ b)[None], None if b_gate is None else (a @ b_gate)[None]
+            found.append(end(c, g))
+        elif plan.splits > 1:
+            partials = padded(a, M, N, parts=plan.splits * (1 if b_gate is None else 2), dtype=torch.float32)
+            _launch(layout, plan, operands, partials, Ends())
+            g = None if b_gate is None else partials[plan.splits :]
+            found.append(end(partials[: plan.splits], g))
+        else:
+            block_m = cuda_plans.tiles(a.dtype)[plan.tile][0]
+            room = ends._replace(sums=_room_for_sums(a, M, N, block_m)) if sums else ends
+            _launch(layout, plan, operands, None, room, activation, backward, dropout_p)
+            found.append(_total(room.sums, a))
+
+    _planned(kind, layout, M, N, K, a, run)
+    return found[-1]
+
+
+def matmul(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    second: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """``a @ b + bias``, or a @ b plus the second pair's product; (M, N), contiguous."""
+    (M, K), N = a.shape, b.shape[1]
+    layout, *operands = _operands(a, b, None, second)
+    found: list[torch.Tensor] = []
+
+    def run(plan: Plan) -> None:
+        if plan.tile == CUBLAS:
+            out = a @ b if bias is None else torch.addmm(bias, a, b)
+            found.append(out if second is None else out.addmm_(*second))
+            return
+        out = a.new_empty(M, N)
+        found.append(out)
+        if plan.splits == 1:
+            _launch(layout, plan, operands, None, Ends(out=out, bias=bias))
+            return
+        partials = padded(a, M, N, parts=plan.splits, dtype=torch.float32)
+        _launch(layout, plan, operands, partials, Ends())
+        combine(partials, None, Ends(out=out, bias=bias))
+
+    _planned("plain", layout, M, N, K if second is None else 2 * K, a, run)
+    return found[-1]
+
+
+def combine(
+    c: torch.Tensor,
+    g: torch.Tensor | None,
+    ends: Ends,
+    *,
+    activation: str = "",
+    backward: bool = False,
+    dropout_p: float = 0.0,
+    sums: bool = False,
+) -> torch.Tensor | None:
+    """The end of a product over its parts, added in their order; c, g: (parts, M, N).
+
+    Returns:
+        As :func:`product`.
+    """
+    _, M, N = c.shape
+    if not fits(c[0]) or (g is not None and g.stride() != c.stride()):  # parts are one product of another's making
+        c = padded(c, M, N, parts=len(c)).copy_(c)
+        g = None if g is None else padded(g, M, N, parts=len(g)).copy_(g)
+    rows = 4 if M <= 64 else 32  # many rows a block leave few partial sums; of few rows none should be empty
+    like = ends.out if ends.out is not None else ends.up
+    assert like is not None
+    if sums:
+        ends = ends._replace(sums=_room_for_sums(like, M, N, rows))
+    view = _extension.view
+    options = _number(activation), backward, dropout_p, _extension.target(c.device)
+    _extension.kernels().ffn_combine(view(c), view(g), rows, *map(view, ends), *options)
+    return _total(ends.sums, like)
+
+
+def padded(
+    like: torch.Tensor, rows: int, columns: int, *, parts: int | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An empty (rows, columns), or (parts, rows, columns), each row of which begins at a multiple of 16 bytes."""
+    dtype = like.dtype if dtype is None else dtype
+    whole = -(-columns * dtype.itemsize // 16) * 16 // dtype.itemsize
+    shape = (rows, whole) if parts is None else (parts, rows, whole)
+    return like.new_empty(shape, dtype=dtype)[..., :columns]
+
+
+def fits(t: torch.Tensor) -> bool:
+    """Whether the kernels can read a matrix as it lies: contiguous columns, rows at multiples of 16 bytes."""
+    if t.numel() == 0:
+        return True
+    rows_fit = t.shape[0] == 1 or t.stride(0) * t.element_size() % 16 == 0
+    return (t.shape[1] == 1 or t.stride(1) == 1) and rows_fit and t.data_ptr() % 16 == 0
+
+
+def _stored(t: torch.Tensor) -> torch.Tensor:
+    return t if fits(t) else padded(t, *t.shape).copy_(t)
+
+
+def _operands(
+    a: torch.Tensor,  # (M, K)
+    b: torch.Tensor,  # (K, N)
+    b_gate: torch.Tensor | None,  # (K, N)
+    second: tuple[torch.Tensor, torch.Tensor] | None,
+) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(layout, a, b, b_gate, a2, b2) as the kernel reads them: the tensors themselves where they lie so, or copies."""
+    if b_gate is not None:
+        return FORWARD, _stored(a), _stored(b.T), _stored(b_gate.T), None, None
+    if second is not None:
+        return INPUT, _stored(a), _stored(b), None, _stored(second[0]), _stored(second[1])
+    if a.stride(0) == 1 and a.stride(1) != 1 and b.stride(1) == 1:
+        return WEIGHT, _stored(a.T), _stored(b), None, None, None
+    if b.stride(0) == 1 and not fits(b):
+        return FORWARD, _stored(a), _stored(b.T), None, None, None
+    return INPUT, _stored(a), _stored(b), None, None, None
+
+
+def _planned(kind: str, layout: int, M: int, N: int, K: int, like: torch.Tensor, run: Callable[[Plan], None]) -> None:
+    """Run the plan chosen for a product, or the one that was measured for its class of shapes."""
+    chosen = cuda_plans.choose(M, N, K, like.dtype, kind, layout, like.device)
+    others = cuda_plans.candidates(chosen, like.dtype, layout, like.device)
+    key = kind, layout, like.dtype, _power_of_2(M), N, _power_of_2(K)
+    tuned("ffn_product_cuda", key, chosen, others, run, like.device)
+
+
+def _launch(
+    layout: int,
+    plan: Plan,
+    operands: Sequence[torch.Tensor | None],
+    partials: torch.Tensor | None,
+    ends: Ends,
+    activation: str = "",
+    backward: bool = False,
+    dropout_p: float = 0.0,
+) -> None:
+    """One launch of the product; operands: a, b, b_gate, a2, b2 as :func:`_operands` gives them."""
+    assert operands[0] is not None
+    device = operands[0].device
+    tensors = map(_extension.view, (*operands, partials, *ends))
+    options = _number(activation), backward, dropout_p, _extension.target(device)
+    _extension.kernels().ffn_product(layout, plan.tile, plan.splits, *tensors, *options)
+
+
+def _number(activation: str) -> int:
+    return ACTIVATIONS.index(activation) + 1 if activation else 0
+
+
+def _room_for_sums(like: torch.Tensor, M: int, N: int, rows: int) -> torch.Tensor:
+    return like.new_empty((-(-M // rows), N), dtype=torch.float32)
+
+
+def _total(sums: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """Rows of sums added in their order, in like's dtype."""
+    if sums is None:
+        return None
+    total = like.new_empty(sums.shape[1])
+    if sums.shape[0] == 0:
+        return total.zero_()
+    view = _extension.view
+    _extension.kernels().norm_weight_sums(view(sums), None, view(total), None, _extension.target(like.device))
+    return total
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
