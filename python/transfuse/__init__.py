@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from transfuse import _interrupt  # isort: skip  # before torch is imported
 from transfuse._version import __version__
 from transfuse.backends import backends, use_backend
 from transfuse.errors import TransfuseError

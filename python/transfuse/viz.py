@@ -267,11 +267,20 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
     if not hasattr(figure, "savefig"):
         raise ArgumentError(f"save: expected a figure, got {figure!r}; attention_heatmap, head_grid, ... make them")
     path = Path(path)
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ArgumentError(f"save: the file must end in .png, .svg or .pdf, got {path.name!r}")
+    check_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=dpi, facecolor="white")
     return path
+
+
+def check_ending(path: Path) -> None:
+    """Asks whether :func:`save` can write such a file.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ArgumentError(f"save: the file must end in .png, .svg or .pdf, got {path.name!r}")
 
 
 def readable_token(token: str) -> str:
