@@ -54,19 +54,20 @@ __device__ __forceinline__ float finish(const DecodeParams& p, int b, int h, int
   return nothing ? 0.0f : shrink * p.grow / total;
 }
 
-// load_tile by one warp: rows one after another by one pointer, where unrolled ones would take registers each.
+// load_tile by one warp: down the rows by one pointer, where pointers known in advance would take registers each.
 template <typename T, int D, int ROWS>
 __device__ __forceinline__ void load_rows(T* tile, const T* rows, int64_t row_stride, int first, int end, int width,
                                           int lane) {
   constexpr int kChunks = D / kChunk<T>, kAcross = kChunks < 32 ? kChunks : 32, kDown = 32 / kAcross;
-  const int row_of_lane = lane / kAcross;
-  const T* from = rows + (first + row_of_lane) * row_stride;
-#pragma unroll 2
-  for (int row = row_of_lane; row < ROWS; row += kDown, from += kDown * row_stride) {
 #pragma unroll
-    for (int chunk = lane % kAcross; chunk < kChunks; chunk += kAcross) {
-      const bool inside = first + row < end && chunk * kChunk<T> < width;
-      device::cp_async<16>(chunk_at<T, D>(tile, row, chunk / 2, chunk % 2), inside ? from + chunk * kChunk<T> : rows,
+  for (int part = 0; part < kChunks / kAcross; ++part) {
+    const int chunk = part * kAcross + lane % kAcross;
+    const int end_of_lane = chunk * kChunk<T> < width ? end - first - lane / kAcross : 0;
+    const T* from = rows + (first + lane / kAcross) * row_stride + chunk * kChunk<T>;
+#pragma unroll 4
+    for (int row = 0; row < ROWS; row += kDown, from += kDown * row_stride) {
+      const bool inside = row < end_of_lane;
+      device::cp_async<16>(chunk_at<T, D>(tile, row + lane / kAcross, chunk / 2, chunk % 2), inside ? from : rows,
                            inside ? 16 : 0);
     }
   }
@@ -183,19 +184,25 @@ class Decode {
 
   // Dot products become scores in base 2.
   __device__ __forceinline__ void shape(float (&s)[kKeys / 8][4], int j_low, bool edge) const {
-    const float to_base2 = p_.scale * kLog2e;
     Sequence at(p_, b_, h_[0]);
     at.k_rows = stop_, at.first = first_;
+    const auto each = [&](auto change) {
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
+      for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int i = i_[e / 2], j = j_low + n * 8 + lane_ % 4 * 2 + e % 2;
-        at.h = h_[e / 2];
-        s[n][e] = p_.rich ? rich_score<T>(p_, at, s[n][e], i, j, slope_[e / 2]).s : s[n][e] * to_base2;
-        if (edge && !in_window(p_, at, i, j)) s[n][e] = -INFINITY;
+        for (int e = 0; e < 4; ++e) change(s[n][e], e / 2, j_low + n * 8 + lane_ % 4 * 2 + e % 2);
       }
+    };
+    if (p_.rich) {
+      each([&](float& x, int r, int j) {
+        at.h = h_[r];
+        x = rich_score<T>(p_, at, x, i_[r], j, slope_[r]).s;
+      });
+    } else {
+      each([&](float& x, int, int) { x *= p_.scale * kLog2e; });
     }
+    if (!edge) return;
+    each([&](float& x, int r, int j) { x = in_window(p_, at, i_[r], j) ? x : -INFINITY; });
   }
 
   // Dropped probabilities become 0, after the total. The heads of a group draw from neighbouring rows.
