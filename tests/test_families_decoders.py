@@ -289,10 +289,13 @@ ROPES: dict[str, dict[str, Any]] = {
 
 def rope_model(name: str) -> Any:
     """A Llama that was trained for 16 tokens."""
-    rope = {"rope_theta": 100.0, **ROPES[name]}
+    changes = {"rope_theta": 100.0, "rope_scaling": dict(ROPES[name]), "max_position_embeddings": 16}
     if name != "dynamic":
-        rope["original_max_position_embeddings"] = 16
-    return model_of("llama", max_position_embeddings=16 if name == "dynamic" else 64, rope_parameters=rope)
+        changes["max_position_embeddings"] = 64
+        changes["rope_scaling"]["original_max_position_embeddings"] = 16
+    if name == "longrope":
+        changes["original_max_position_embeddings"] = 16  # where transformers 4 looks
+    return model_of("llama", **changes)
 
 
 @pytest.mark.parametrize("name", ROPES)

@@ -108,7 +108,10 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         for name in _SCALING.get(rope.kind, ()):
             value = getattr(rope, name)
             scaling[name] = list(value) if isinstance(value, tuple) else value
-    return {
+    values: dict[str, Any] = {}
+    if rope is not None and rope.kind == "longrope":  # where transformers 4 looks for it
+        values["original_max_position_embeddings"] = rope.original_max_positions
+    return values | {
         "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
