@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from families import assert_close, assert_comes_back, hf, loaded
+from families import assert_close, assert_comes_back, hf, loaded, transformers
 from transfuse import from_pretrained
 from transfuse.errors import ArgumentError, CheckpointError, ConfigError
 from transfuse.models import Encoder, Seq2Seq
@@ -50,7 +50,8 @@ BART = {
     "init_std": 0.2,
 }
 MARIAN = {**BART, "decoder_vocab_size": 61, "decoder_start_token_id": 1, "activation_function": "swish"}
-TWO = {"decoder_vocab_size": 43, "share_encoder_decoder_embeddings": False}
+# transformers 4 makes both tables of the encoder's size
+TWO = {"decoder_vocab_size": 61 if transformers.__version__ < "5" else 43, "share_encoder_decoder_embeddings": False}
 T5_11 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 T5_LM, BART_LM = "T5ForConditionalGeneration", "BartForConditionalGeneration"
 
