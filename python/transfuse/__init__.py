@@ -30,6 +30,7 @@ from transfuse.ops import (
 if TYPE_CHECKING:
     from transfuse import generation, models, nn, tasks, viz
     from transfuse.ahead import warmup
+    from transfuse.integrations import patch, patched, register_with_transformers, unpatch
     from transfuse.models import Decoder, Encoder, Seq2Seq, TransformerConfig, from_pretrained, load_tokenizer
     from transfuse.ops._tuning import autotune
 
@@ -41,6 +42,10 @@ _LAZY = {
     "autotune": "transfuse.ops._tuning",
     "from_pretrained": "transfuse.models",
     "load_tokenizer": "transfuse.models",
+    "patch": "transfuse.integrations",
+    "patched": "transfuse.integrations",
+    "register_with_transformers": "transfuse.integrations",
+    "unpatch": "transfuse.integrations",
     "warmup": "transfuse.ahead",
 }
 _SUBMODULES = ("generation", "models", "nn", "tasks", "viz")
@@ -67,9 +72,13 @@ __all__ = [
     "load_tokenizer",
     "models",
     "nn",
+    "patch",
+    "patched",
+    "register_with_transformers",
     "rms_norm",
     "scaled_dot_product_attention",
     "tasks",
+    "unpatch",
     "use_backend",
     "viz",
     "warmup",

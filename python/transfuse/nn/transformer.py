@@ -162,7 +162,7 @@ class TransformerEncoder(nn.TransformerEncoder):
             and all(
                 type(x) is TransformerEncoderLayer
                 and type(x.self_attn) is MultiheadAttention
-                and not _changed(*x.modules())
+                and not changed(*x.modules())
                 for x in self.layers
             )
         )
@@ -219,7 +219,7 @@ def adopt(module: nn.Module) -> None:
 
 def _add_norm(norm: nn.Module, x: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(norm(x + stream), x + stream)."""
-    if type(norm) not in (LayerNorm, RMSNorm) or x.dtype != stream.dtype or _changed(norm):
+    if type(norm) not in (LayerNorm, RMSNorm) or x.dtype != stream.dtype or changed(norm):
         stream = x + stream
         return norm(stream), stream
     y, stream = norm(x, residual=stream)
@@ -232,7 +232,7 @@ def _feed_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     steps = [layer.linear1, layer.dropout, layer.linear2]
     steps += [layer.activation] if isinstance(layer.activation, nn.Module) else []
     plain = type(layer.linear1) is nn.Linear and type(layer.linear2) is nn.Linear and type(layer.dropout) is nn.Dropout
-    if activation is None or not plain or _changed(*steps):
+    if activation is None or not plain or changed(*steps):
         return None
     first, second = layer.linear1, layer.linear2
     dropout_p = layer.dropout.p if layer.dropout.training else 0.0
@@ -250,7 +250,7 @@ def _name_of(activation: Activation) -> str | None:
     return classes.get(type(activation)) or known.get(activation)
 
 
-def _changed(*modules: nn.Module) -> bool:
+def changed(*modules: nn.Module) -> bool:
     """Whether hooks want to see one of these modules called."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
