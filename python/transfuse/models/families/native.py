@@ -11,7 +11,10 @@ from transfuse.models.config import TransformerConfig
 from transfuse.models.families import Family, Rows
 
 # What config.json holds beside the configuration's fields.
-_BESIDE = ("model_type", "architectures", "torch_dtype", "dtype", "id2label", "label2id", "num_labels")
+_BESIDE = (
+    "model_type", "architectures", "torch_dtype", "dtype", "id2label", "label2id", "num_labels", "problem_type",
+    "task_specific_params", "prefix",
+)  # fmt: skip
 
 
 def _read_config(values: Mapping[str, Any], task: str) -> TransformerConfig:
