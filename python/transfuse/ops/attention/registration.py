@@ -26,7 +26,7 @@ N = len(Variant._fields)
 _LARGEST_HEAD_DIM = 256  # of the kernels
 
 ORDER = ("triton", "cuda", "torch")
-"""The CUDA kernel, which has no backward yet, waits to be timed beside Triton's: until then it runs when asked for."""
+"""The CUDA kernels wait to be timed beside Triton's: until then they run when asked for."""
 
 
 def implementation(backend: str) -> ModuleType:

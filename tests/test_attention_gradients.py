@@ -1,38 +1,36 @@
-"""Attention's backward on Triton kernels: what the tests of every backend leave out of its tiles, splits and loops."""
+"""Attention's backward on kernels: what the tests of every backend leave out of its tiles, splits and loops."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from attention_cases import Shape, inputs, name_of, sizes_of_intermediates
-from conftest import device_of, skip_unless
+from attention_cases import Shape, inputs, name_of, quick_interpreted, sizes_of_intermediates
 from oracle import check, judge
 from transfuse import attention
-from transfuse.backends import why_not
 from transfuse.ops import _philox
 from transfuse.ops.attention import reference, torch_chunks
 from transfuse.ops.attention.variant import Variant
 
-# Interpreted tiles are 16 queries by 32 keys: two by two of them, the last ones not full.
+# Triton's interpreted tiles are 16 queries by 32 keys: two by two of them, the last ones not full. CUDA's are 64 or 32
+# wide here.
 SHAPE = Shape(2, 2, 1, 18, 37, 16, 16)
 THREE_BY_THREE = Shape(1, 1, 1, 41, 70, 16, 24)
 GRADIENTS = ("dq", "dk", "dv", "dbias", "dslopes", "dsinks")
 
-
-@pytest.fixture
-def backend():
-    """Triton alone; the other backends have their own ways through a backward."""
-    skip_unless(why_not("triton", device_of("triton")))
-    return "triton"
+pytestmark = pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
 
 
 @pytest.fixture
 def short_runs(monkeypatch, backend):
     """Every tile of scores that is added into a bias gradient is a split of its own."""
-    from transfuse.ops.attention import triton_bias_grad
+    from transfuse.ops.attention import cuda_backward
 
-    monkeypatch.setattr(triton_bias_grad, "_SHORTEST_RUN", 1)
+    monkeypatch.setattr(cuda_backward, "_SHORTEST_RUN", 1)
+    if backend == "triton":
+        from transfuse.ops.attention import triton_bias_grad
+
+        monkeypatch.setattr(triton_bias_grad, "_SHORTEST_RUN", 1)
 
 
 def run(tensors, backend, grad_outputs=None, grads=None, **options):
@@ -98,6 +96,14 @@ def test_tiles_inside_and_at_the_edges_of_a_window(options, flipped, backend, de
     if flipped:
         shape = shape._replace(q_len=shape.k_len, k_len=shape.q_len)
     run(inputs(shape, torch.float32, device), backend, **options)
+
+
+@quick_interpreted(lambda p: p["backend"] == "cuda")
+@pytest.mark.parametrize("options", [{}, {"causal": "lower_right"}, {"window": (70, 40)}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_whole_tiles_between_those_that_a_window_cuts(dtype, options, backend, device, poisoned):
+    # tiles of 64 by 64: three by four, some of which hide nothing
+    run(inputs(Shape(1, 2, 1, 150, 210, 16, 16), dtype, device), backend, **options)
 
 
 @pytest.mark.parametrize("size", [(2,), (2, 2)], ids=str)
