@@ -10,7 +10,7 @@ from transfuse.models.decoder import Decoder, DecoderBody
 from transfuse.models.encoder import Encoder
 from transfuse.models.outputs import ModelOutput
 from transfuse.models.pretrained import from_pretrained, save_pretrained
-from transfuse.models.seq2seq import Seq2Seq
+from transfuse.models.seq2seq import Seq2Seq, Seq2SeqBody
 from transfuse.models.task_heads import (
     MaskedLM,
     NextSentencePredictor,
@@ -35,6 +35,7 @@ __all__ = [
     "Pretraining",
     "RopeScaling",
     "Seq2Seq",
+    "Seq2SeqBody",
     "SequenceClassifier",
     "SpanClassifier",
     "TokenClassifier",
