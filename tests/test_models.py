@@ -449,5 +449,5 @@ def test_output_fields_are_transformers_names():
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, Seq2SeqLMOutput
 
     theirs = {f.name for c in (BaseModelOutputWithPoolingAndCrossAttentions, Seq2SeqLMOutput) for f in fields(c)}
-    ours = {f.name for f in fields(ModelOutput)} - {"cache", "start_logits", "end_logits"}
+    ours = {f.name for f in fields(ModelOutput)} - {"cache", "start_logits", "end_logits", "seq_relationship_logits"}
     assert ours | {"decoder_hidden_states", "decoder_attentions"} <= theirs | {"last_hidden_state"}

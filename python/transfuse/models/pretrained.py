@@ -86,13 +86,14 @@ def from_pretrained(
             cache is used first.
         task: which head; by default the one that ``architectures`` in config.json names. Encoders have "encoder",
             "masked-lm", "sequence-classification", "token-classification", "question-answering" (BERT also
-            "next-sentence-prediction" and "pretraining"), decoders "causal-lm", "decoder" and the three classifiers.
+            "next-sentence-prediction" and "pretraining"), decoders "causal-lm", "decoder" and the three classifiers,
+            encoder-decoders "seq2seq-lm", "seq2seq" and classifiers.
         dtype: of the parameters; by default the checkpoint's own, fp32 for a GGUF file.
         device: where the parameters go; by default torch's default device.
         revision: branch, tag or commit, for hub ids.
 
     Returns:
-        An Encoder, a Decoder or an encoder with the head of the task.
+        An Encoder, a Decoder, a Seq2Seq, or one of them with the head of the task.
 
     Raises:
         CheckpointError: files are missing, damaged or unsafe, or their tensors do not fit the model: one message
