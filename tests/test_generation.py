@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_cases import one_thread  # noqa: F401 (a fixture)
 from transfuse import generation
 from transfuse.errors import ArgumentError, DeviceError, DtypeError, TransfuseError
 from transfuse.generation import generate, processors, stream

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from model_cases import build, make_config
+from model_cases import build, make_config, one_thread  # noqa: F401 (a fixture)
 from transfuse.errors import ArgumentError
 from transfuse.generation import generate
 from transfuse.generation.processors import scale_temperature
