@@ -19,7 +19,10 @@ import transfuse
 from transfuse.cli import app
 from transfuse.models.tokenizer import Tokenizer
 
-COMMANDS = ("doctor", "demo", "generate", "embed")
+COMMANDS = (
+    "doctor", "demo", "generate", "translate", "summarize", "classify", "token-classify", "answer", "fill-mask",
+    "embed", "attention", "count",
+)  # fmt: skip
 ALPHABET = " abcdefghijklmnopqrstuvwxyz"
 
 
