@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+import transfuse
 from cuda_on_cpu import build
 from triton_kernels import (
     CASES,
@@ -175,6 +176,11 @@ def key_bias(dtype: torch.dtype, k_len: int) -> Call:
     return function, args, {**kwargs, "bias": empty(1, 4, 1, k_len, dtype=dtype)}, backward
 
 
+def narrow(dtype: torch.dtype) -> Call:
+    """linear_act with so few tiles that its product is split over K."""
+    return transfuse.linear_act, (*(empty(*s, dtype=dtype) for s in ((8, 1024), (64, 1024), (64,))), "gelu"), {}, True
+
+
 WIDTHS = (1024, 1001, 65536, 65535)  # a row in registers, or in a loop; with and without 16-byte accesses
 MORE_CASES = {  # than Triton's: CUDA's kernels are instantiated by width and by the dtype of parameters
     **{f"norm_{width}": functools.partial(norm, width=width, rows=64) for width in WIDTHS},
@@ -190,6 +196,8 @@ MORE_CASES = {  # than Triton's: CUDA's kernels are instantiated by width and by
     **{f"rotary_{d}": functools.partial(rotary, head_dim=d) for d in (20, 64, 80)},
     **{f"ffn_{a}": functools.partial(ffn, activation=a) for a in ("relu", "gelu", "gelu_tanh", "silu")},
     **{f"ffn_gated_{a}": functools.partial(ffn, activation=a, gated=True) for a in ("relu", "gelu", "gelu_tanh")},
+    **{f"ffn_{rows}": functools.partial(ffn, rows=rows) for rows in (8, 40)},  # tiles of fewer rows
+    "linear_narrow": narrow,
 }
 
 

@@ -103,7 +103,7 @@ class Measured:
 
 
 def autotune(function: Callable[..., Any], *args: Any, backward: bool = False, **kwargs: Any) -> list[Measured]:
-    """Run ``function(*args, **kwargs)`` and measure, at each Triton launch in it, every choice of tiles.
+    """Run ``function(*args, **kwargs)`` and measure, at each Triton launch and CUDA product in it, every choice.
 
     The fastest are used from then on, in this process and, through a file, in later ones on the same kind of device
     with the same Triton (see the variable ``TRANSFUSE_TUNING``). Tiles decide in which order sums are added up, so
@@ -116,13 +116,13 @@ def autotune(function: Callable[..., Any], *args: Any, backward: bool = False, *
             that require one. No ``.grad`` changes.
 
     Returns:
-        What was measured, in the order of the launches; empty where nothing ran on Triton.
+        What was measured, in the order of the launches; empty where nothing ran on kernels with a choice.
 
     Raises:
         ArgumentError: backward, and no output depends on a tensor among the arguments that requires a gradient.
 
     >>> x = torch.randn(4, 64)
-    >>> autotune(torch.nn.functional.gelu, x)  # nothing of this runs on Triton
+    >>> autotune(torch.nn.functional.gelu, x)  # nothing in this has a choice
     []
     """
     session = _Session()
