@@ -161,11 +161,16 @@ def _gpt_neo_attention(
     key: torch.Tensor,  # (batch, heads, k_len, head_dim)
     value: torch.Tensor,
     attention_mask: torch.Tensor | None = None,  # (batch, 1, q_len, k_len), added to the scores
+    head_mask: torch.Tensor | None = None,  # of transformers 4
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scores are not scaled; a local layer sees its last window_size keys."""
+    if head_mask is not None:
+        result: tuple[torch.Tensor, torch.Tensor] = own(query, key, value, attention_mask, head_mask)
+        return result
+    local = module.config.attention_layers[module.layer_id] == "local"
     options: dict[str, Any] = {
         "causal": "lower_right",
-        "window": (module.config.window_size - 1, 0) if module.attention_type == "local" else None,
+        "window": (module.config.window_size - 1, 0) if local else None,
         "bias": None if attention_mask is None else attention_mask.float(),
         "scale": 1.0,
     }
