@@ -93,7 +93,7 @@ def test_byte_level_tokens_are_spelled_as_text() -> None:
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
     assert tasks.maps.readable_tokens(Tokenizer(backend), [0, 1, 2, 3, 4]) == [
-        " café", "<E6><97>", "\n", "<|end|>", "<id 4>",
+        " café", "\\xe6\\x97", "\n", "<|end|>", "<id 4>",
     ]  # fmt: skip
 
 

@@ -165,21 +165,18 @@ def readable_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
     >>> backend = Backend(models.BPE({"\u0120caf\u00c3\u00a9": 0, "\u00c3": 1}, []))
     >>> backend.decoder = decoders.ByteLevel()
     >>> readable_tokens(Tokenizer(backend), [0, 1])
-    [' café', '<C3>']
+    [' café', '\\\\xc3']
     """
     tokens = tokenizer.tokens(ids)
     decoder = tokenizer.backend.decoder
     if decoder is None or b"ByteLevel" not in decoder.__getstate__():
         return tokens
-    return [_spelled(token) if set(token) <= _BYTES.keys() else token for token in tokens]
-
-
-def _spelled(token: str) -> str:
-    written = bytes(_BYTES[character] for character in token)
-    try:
-        return written.decode()
-    except UnicodeDecodeError:
-        return "".join(f"<{byte:02X}>" for byte in written)
+    return [
+        bytes(_BYTES[letter] for letter in token).decode(errors="backslashreplace")
+        if set(token) <= _BYTES.keys()
+        else token
+        for token in tokens
+    ]
 
 
 def _byte_of_letter() -> dict[str, int]:
