@@ -11,6 +11,7 @@ import transfuse
 from model_cases import build, make_config
 from transfuse.errors import ArgumentError, ConfigError, DeviceError, DtypeError
 from transfuse.models import Decoder, Encoder, KVCache, MaskedLM, Seq2Seq, SequenceClassifier
+from transfuse.nn import RotaryEmbedding
 
 IDS = torch.zeros(2, 3, dtype=torch.long)
 
@@ -22,6 +23,19 @@ def test_something_else_than_a_configuration(kind, config):
         ConfigError, match=f"{kind.__name__}: expected a TransformerConfig, got {type(config).__name__}"
     ):
         kind(config, 2) if kind is SequenceClassifier else kind(config)
+
+
+def test_a_family_that_nobody_knows():
+    with pytest.raises(ConfigError, match=r"config: family must be one of bart, bert, .*, got 'unknown'"):
+        make_config("encoder", family="unknown")
+    with pytest.raises(ConfigError, match=r"config: family must be a string, got None"):
+        make_config("encoder", family=None)
+
+
+@pytest.mark.parametrize("arguments", [("a",), (None,), (3,), (0,), (True,), (8, "a"), (8, 0.0)], ids=str)
+def test_rotary_positions_of_nothing(arguments):
+    with pytest.raises(ConfigError, match=r"RotaryEmbedding: (dim|theta) must be .*, got "):
+        RotaryEmbedding(*arguments)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", object()], ids=["nonsense", "cuda:99", "object"])

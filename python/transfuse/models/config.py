@@ -175,6 +175,7 @@ class TransformerConfig:
         if isinstance(scaling, Mapping):
             object.__setattr__(self, "rope_scaling", _from_mapping(RopeScaling, scaling, "rope_scaling"))
         self._check_types()
+        self._check_family()
         self._derive()
         self._check_ranges()
         self._check_fit()
@@ -308,6 +309,12 @@ class TransformerConfig:
             raise ConfigError(f"config: rope_scaling must be a RopeScaling or None, got {self.rope_scaling!r}")
         if not isinstance(self.layer_pattern, tuple) or any(p not in ("global", "local") for p in self.layer_pattern):
             raise ConfigError(f"config: layer_pattern must hold 'global' and 'local' only, got {self.layer_pattern!r}")
+
+    def _check_family(self) -> None:
+        from transfuse.models.families import family_names  # which are made of configurations
+
+        if self.family not in (names := family_names()):
+            raise ConfigError(f"config: family must be one of {', '.join(names)}, got {self.family!r}")
 
     def _derive(self) -> None:
         def fill(name: str, value: int) -> None:

@@ -203,8 +203,10 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> None:
         super().__init__()
-        if dim < 2 or dim % 2:
-            raise ConfigError(f"RotaryEmbedding: dim must be even and at least 2, got {dim}")
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
+            raise ConfigError(f"RotaryEmbedding: dim must be even and at least 2, got {dim!r}")
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta <= 0:
+            raise ConfigError(f"RotaryEmbedding: theta must be a number above 0, got {theta!r}")
         if scaling is not None and scaling.kind == "dynamic" and dim < 4:
             raise ConfigError(f"RotaryEmbedding: dynamic scaling needs a dim of 4 or more, got {dim}")
         if scaling is not None and scaling.kind == "yarn" and theta <= 1:

@@ -214,6 +214,11 @@ def _families() -> dict[str, Family]:
     return {family.name: family for family in (*(module.FAMILY for module in found), *roberta.FAMILIES)}
 
 
+def family_names() -> list[str]:
+    """What a configuration's ``family`` may be."""
+    return sorted(_families())
+
+
 def find_family(model_type: object) -> Family:
     """The family called ``model_type``.
 
@@ -229,6 +234,6 @@ def find_family(model_type: object) -> Family:
     families = _families()
     if not isinstance(model_type, str) or model_type not in families:
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not a known family; known: {', '.join(sorted(families))}"
+            f"config.json: model_type {model_type!r} is not a known family; known: {', '.join(family_names())}"
         )
     return families[model_type]
