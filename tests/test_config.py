@@ -10,7 +10,7 @@ import pytest
 
 from model_cases import VARIANTS, make_config
 from transfuse.errors import ConfigError
-from transfuse.models import Encoder, RopeScaling, TransformerConfig
+from transfuse.models import Encoder, RopeScaling, Seq2Seq, TransformerConfig
 
 SIZES = {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 4}
 
@@ -21,6 +21,10 @@ def test_derived_values():
     assert (config.num_decoder_layers, config.num_decoder_heads) == (2, 4)
     assert (config.decoder_intermediate_size, config.decoder_vocab_size) == (128, 100)
     assert config.is_encoder_decoder
+    assert config.decoder_head_dim == 8
+    other = TransformerConfig("encoder_decoder", **SIZES, num_decoder_heads=2, decoder_head_dim=16)
+    assert other.num_parameters() == Seq2Seq(other, device="meta").num_parameters().total
+    assert other.num_parameters() == config.num_parameters(), "as wide, only cut otherwise"
     odd = TransformerConfig("decoder", **{**SIZES, "num_heads": 5}, head_dim=6)
     assert odd.head_dim == 6
 
@@ -95,6 +99,11 @@ WRONG = {
     "softcap": ({"softcap": -5.0}, "softcap must be above 0, got -5.0"),
     "pad": ({"pad_token_id": 100}, "pad_token_id must be a token id from 0 to 99, got 100"),
     "eos": ({"eos_token_id": (3, -1)}, r"eos_token_id must be a token id from 0 to 99, got \(3, -1\)"),
+    "decoder-rotary": (
+        {"architecture": "encoder_decoder", "position": "rotary", "decoder_head_dim": 6},
+        r"rotary_dim must be even and at most head_dim \(6\), got 8",
+    ),
+    "wide": ({"wide_residual": True}, "wide_residual needs norm 'rms', norm_placement 'pre' and final_norm"),
     "pooler": ({"architecture": "decoder", "pooler": True}, "pooler belongs to an encoder, got architecture 'decoder'"),
     "shared-vocabularies": (
         {"architecture": "encoder_decoder", "decoder_vocab_size": 90},

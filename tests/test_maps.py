@@ -69,6 +69,16 @@ def test_a_model_with_a_head_shows_its_stack(tokenizer: Tokenizer) -> None:
     )
 
 
+def test_the_decoder_of_a_classifier_reads_the_text_again(tokenizer: Tokenizer) -> None:
+    config = build("encoder_decoder", decoder_start_token_id=0, eos_token_id=8).config
+    model = SequenceClassifier(config, 2).eval()
+    maps = tasks.attention_maps(model, tokenizer, "face")
+    assert maps["cross"].tokens == [*"aface"]
+    assert maps["cross"].key_tokens == [*"face", ">"]
+    ids = torch.tensor([tokenizer.encode("face")])
+    assert torch.equal(maps["cross"].weights, torch.cat(model(ids, output_attentions=True).cross_attentions))
+
+
 def test_bertviz_gets_what_its_head_view_takes(tokenizer: Tokenizer) -> None:
     one = tasks.head_view_arguments(tasks.attention_maps(build("decoder"), tokenizer, "face"))
     assert one["tokens"] == [*"face", ">"]

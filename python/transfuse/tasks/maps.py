@@ -13,6 +13,7 @@ from transfuse.errors import ArgumentError
 from transfuse.generation.decode import evaluating
 from transfuse.models.base import TransformerModel
 from transfuse.models.decoder import DecoderBody
+from transfuse.models.seq2seq import Seq2Seq
 from transfuse.models.stack import Stack
 from transfuse.models.task_heads import ModelWithHead
 from transfuse.models.tokenizer import Tokenizer
@@ -88,7 +89,7 @@ def attention_maps(
         model: any model of this package.
         tokenizer: the model's.
         text: what the model reads.
-        target: what an encoder-decoder writes; None: what it writes by itself, greedily.
+        target: what an encoder-decoder writes; None: what it writes by itself, greedily (a classifier: the text again).
         max_new_tokens: how much of that, at most.
 
     Returns:
@@ -208,6 +209,9 @@ def _target_ids(
 ) -> torch.Tensor:
     """(1, length): what the decoder reads: its first token, then the target without the token that ends it."""
     at_least("attention_maps", "max_new_tokens", max_new_tokens)
+    if target is None and not isinstance(model, Seq2Seq):  # a classifier's decoder reads the text again
+        shifted: torch.Tensor = model.shift_right(ids)
+        return shifted
     if target is None:
         return generation.generate(model, ids, max_new_tokens=max_new_tokens)[:, :-1]
     first = model.config.decoder_start_token_id
