@@ -73,8 +73,9 @@ def test_forbidden_words_equal_transformers():
     words = [[3], [5], [0, 1], [2, 4], [1, 1, 2], [0, 0, 0, 0, 0, 1]]
     theirs = transformers.NoBadWordsLogitsProcessor(words)(tokens, scores.clone())
     before = scores.clone()
-    assert torch.equal(processors.forbid_words(scores, tokens, words), theirs)
-    only_long = processors.forbid_words(scores, tokens, words[2:])
+    ours = processors.by_length(words, scores.device)
+    assert torch.equal(processors.forbid_words(scores, tokens, ours), theirs)
+    only_long = processors.forbid_words(scores, tokens, ours[1:])
     assert torch.equal(scores, before)
     assert not torch.equal(only_long, before)
 
@@ -86,9 +87,10 @@ def test_padding_repeats_nothing(size, length, padding, seed):
     tokens = torch.randint(0, 4, (3, length), generator=generator)
     scores = torch.randn(3, 4, generator=generator)
     padded = torch.cat([torch.full((3, padding), -1), tokens], 1)
+    words = processors.by_length([[1], [2, 3], [0, 0, 1]], tokens.device)
     for function in (
         lambda t: processors.forbid_repeats(scores, t, size),
-        lambda t: processors.forbid_words(scores, t, [[1], [2, 3], [0, 0, 1]]),
+        lambda t: processors.forbid_words(scores, t, words),
         lambda t: processors.penalize_repetition(scores, t, 1.7),
         lambda t: processors.forbid_repeats(scores, t, size, padded),
     ):

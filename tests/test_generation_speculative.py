@@ -13,7 +13,7 @@ from transfuse.errors import ArgumentError
 from transfuse.generation import generate, stream
 from transfuse.generation.speculative import PromptLookup
 
-FAMILIES = ["llama", "gpt2", "t5", "bart", "marian"]
+FAMILIES = ["llama", "gpt2", "gpt_neo", "t5", "bart", "marian"]
 KNOBS = [
     {},
     {"no_repeat_ngram_size": 3, "repetition_penalty": 1.2},

@@ -39,7 +39,7 @@ class Chain:
             size = s.encoder_no_repeat_ngram_size
             add(lambda scores, tokens: p.forbid_repeats(scores, tokens, size, self._source))
         if words := [word for word in s.bad_words_ids if not (len(word) == 1 and word[0] in ends)]:
-            add(partial(p.forbid_words, words=words))
+            add(partial(p.forbid_words, words=p.by_length(words, device)))
         if s.min_new_tokens and ends:
             shortest = prompt_length + s.min_new_tokens
             add(lambda scores, tokens: p.forbid(scores, eos) if tokens.shape[1] < shortest else scores)

@@ -123,28 +123,41 @@ def forbid_repeats(
     begun = tokens[:, tokens.shape[1] - size + 1 :]  # (rows, size - 1)
     runs = text.unfold(1, size, 1)  # (rows, length - size + 1, size)
     repeats = (runs[..., :-1] == begun[:, None]).all(-1) & (runs >= 0).all(-1)
-    # What repeats nothing goes to a column of its own, behind the vocabulary.
-    vocabulary = scores.shape[-1]
-    target = runs[..., -1].where(repeats & (runs[..., -1] < vocabulary), vocabulary)
-    remove = torch.zeros(scores.shape[0], vocabulary + 1, dtype=torch.bool, device=scores.device)
-    return scores.masked_fill(remove.scatter_(-1, target, True)[:, :-1], NEG_INF)
+    return _remove(scores, runs[..., -1], repeats)
 
 
-def forbid_words(scores: torch.Tensor, tokens: torch.Tensor, words: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Remove every token that would complete one of these sequences of ids.
+def by_length(words: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
+    """The sequences of ids as tensors (n, length), one a length: what :func:`forbid_words` takes.
 
-    >>> forbid_words(torch.zeros(2, 4), torch.tensor([[0, 1], [1, 0]]), [[3], [0, 1, 2]])
+    >>> [t.tolist() for t in by_length([[3], [0, 1, 2], [4]], torch.device("cpu"))]
+    [[[3], [4]], [[0, 1, 2]]]
+    """
+    lengths = dict.fromkeys(len(word) for word in words)
+    return [torch.tensor([list(w) for w in words if len(w) == length], device=device) for length in lengths]
+
+
+def forbid_words(scores: torch.Tensor, tokens: torch.Tensor, words: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Remove every token that would complete one of these sequences of ids, of :func:`by_length`.
+
+    >>> words = by_length([[3], [0, 1, 2]], torch.device("cpu"))
+    >>> forbid_words(torch.zeros(2, 4), torch.tensor([[0, 1], [1, 0]]), words)
     tensor([[0., 0., -inf, -inf],
             [0., 0., 0., -inf]])
     """
-    single = [word[0] for word in words if len(word) == 1]
-    scores = scores.index_fill(-1, torch.tensor(single, dtype=torch.int64, device=scores.device), NEG_INF)
-    for *begun, last in words:
-        if 0 < len(begun) <= tokens.shape[1]:
-            prefix = torch.tensor(begun, device=tokens.device)
-            begins = (tokens[:, -len(begun) :] == prefix).all(-1)
-            scores[:, last] = scores[:, last].masked_fill(begins, NEG_INF)
+    for same in words:  # (n, length)
+        start = tokens.shape[1] - same.shape[1] + 1
+        if start >= 0:
+            begun = (tokens[:, None, start:] == same[:, :-1]).all(-1)  # (rows, n)
+            scores = _remove(scores, same[:, -1].expand_as(begun), begun)
     return scores
+
+
+def _remove(scores: torch.Tensor, ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Remove the ids (rows, n) that ``where`` (rows, n) names; ids that the vocabulary lacks are nobody's."""
+    vocabulary = scores.shape[-1]
+    target = ids.where(where & (ids < vocabulary), vocabulary)  # the others: a column of their own, behind it
+    remove = torch.zeros(scores.shape[0], vocabulary + 1, dtype=torch.bool, device=scores.device)
+    return scores.masked_fill(remove.scatter_(-1, target, True)[:, :-1], NEG_INF)
 
 
 def forbid(scores: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -275,6 +275,3 @@ def _within(name: str, value: Any, words: str, test: Callable[[float], bool]) ->
 def _id(name: str, value: Any) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
         raise ArgumentError(f"generate: {name} must be a token id of at least 0, got {value!r}")
-
-
-Settings = GenerationConfig
