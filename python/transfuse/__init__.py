@@ -30,6 +30,7 @@ from transfuse.ops import (
 if TYPE_CHECKING:
     from transfuse import generation, models, nn, tasks, viz
     from transfuse.ahead import warmup
+    from transfuse.generation import GenerationConfig
     from transfuse.integrations import patch, patched, register_with_transformers, unpatch
     from transfuse.models import Decoder, Encoder, Seq2Seq, TransformerConfig, from_pretrained, load_tokenizer
     from transfuse.ops._tuning import autotune
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Decoder": "transfuse.models",
     "Encoder": "transfuse.models",
+    "GenerationConfig": "transfuse.generation",
     "Seq2Seq": "transfuse.models",
     "TransformerConfig": "transfuse.models",
     "autotune": "transfuse.ops._tuning",
@@ -53,6 +55,7 @@ _SUBMODULES = ("generation", "models", "nn", "tasks", "viz")
 __all__ = [
     "Decoder",
     "Encoder",
+    "GenerationConfig",
     "Seq2Seq",
     "TransformerConfig",
     "TransfuseError",
