@@ -95,6 +95,7 @@ WRONG = {
     "no-window": ({"layer_pattern": ("local",)}, "layer_pattern has local layers, which need window"),
     "window": ({"window": 0}, "window must be between 1 and"),
     "dropout": ({"hidden_dropout": 1.0}, "hidden_dropout must be at least 0 and below 1, got 1.0"),
+    "dropout-of-a-part": ({"classifier_dropout": -0.1}, "classifier_dropout must be at least 0 and below 1, got -0.1"),
     "eps": ({"norm_eps": 0.0}, "norm_eps must be above 0, got 0.0"),
     "softcap": ({"softcap": -5.0}, "softcap must be above 0, got -5.0"),
     "pad": ({"pad_token_id": 100}, "pad_token_id must be a token id from 0 to 99, got 100"),
@@ -195,3 +196,10 @@ def test_large_but_possible():
     bert = TransformerConfig("encoder", 30522, 768, 12, 12, norm_placement="post", final_norm=False,
                              embedding_norm=True, type_vocab_size=2, pooler=True)  # fmt: skip
     assert bert.num_parameters() == Encoder(bert, device="meta").num_parameters().total == 109_482_240
+
+
+def test_dropout_of_a_part_is_said_once():
+    """One model has one spelling: a part's own rate that is the general one is none."""
+    config = TransformerConfig("decoder", 9, 8, 1, 2, hidden_dropout=0.1, embedding_dropout=0.1, classifier_dropout=0.2)
+    assert (config.embedding_dropout, config.classifier_dropout) == (None, 0.2)
+    assert TransformerConfig.from_json(config.to_json()) == config

@@ -324,6 +324,7 @@ def test_scalings_that_follow_the_length_follow_each_row(tmp_path: Path) -> None
         both, alone = ours(ids, mask).logits, ours(ids[1:, 18:]).logits
         assert_close(both[1, 18:], alone[0])
         assert_close(both[:1], ours(ids[:1]).logits)
+        assert ours.rotary(ids[:, :0])[0].shape == (2, 0, 1, 8)
 
 
 def test_scalings_that_do_not_suit(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from transfuse.errors import ConfigError
@@ -106,23 +107,17 @@ def _is_positive(value: object) -> bool:
 
 
 def rotary_frequencies(
-    dim: int,
-    theta: float = 10000.0,
-    scaling: RopeScaling | None = None,
-    device: torch.device | None = None,
-    lengths: torch.Tensor | None = None,
+    dim: int, theta: float = 10000.0, scaling: RopeScaling | None = None, device: torch.device | None = None
 ) -> torch.Tensor:
     """Radians per position of each pair: ``theta ** (-2 i / dim)``, (dim / 2,), fp32.
 
-    ``lengths``: (rows, 1) integers, how long the rows are; read by the scalings that follow them, which then give
-    (rows, dim / 2). None: not beyond the trained length.
+    With the scaling "longrope" (2, dim / 2), for short texts and for long ones; with "dynamic" those of short texts.
 
     >>> rotary_frequencies(4, theta=100.0)
     tensor([1.0000, 0.1000])
     """
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
-    frequencies = 1.0 / (theta**exponents)
-    if scaling is None:
+    frequencies = 1.0 / (theta ** _exponents(dim, device))
+    if scaling is None or scaling.kind == "dynamic":
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
@@ -130,14 +125,18 @@ def rotary_frequencies(
         return _llama3(frequencies, scaling)
     if scaling.kind == "yarn":
         return _yarn(frequencies, theta, scaling)
-    trained = scaling.original_max_positions
-    if scaling.kind == "longrope":
-        short, long = (torch.tensor(f, device=device) for f in (scaling.short_factor, scaling.long_factor))
-        return frequencies / (short if lengths is None else torch.where(lengths > trained, long, short))
-    if lengths is None:
-        return frequencies
-    stretch = (scaling.factor * lengths.clamp_min(trained) / trained - (scaling.factor - 1)) ** (dim / (dim - 2))
-    return 1.0 / (theta * stretch) ** exponents
+    return frequencies / torch.tensor([scaling.short_factor, scaling.long_factor], dtype=torch.float32, device=device)
+
+
+def _exponents(dim: int, device: torch.device | None) -> torch.Tensor:
+    return torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
+
+
+def _dynamic(dim: int, theta: float, s: RopeScaling, lengths: torch.Tensor) -> torch.Tensor:
+    """(rows, dim / 2) for lengths (rows, 1): a larger theta for longer rows."""
+    trained = s.original_max_positions
+    stretch = (s.factor * lengths.clamp_min(trained) / trained - (s.factor - 1)) ** (dim / (dim - 2))
+    return 1.0 / (theta * stretch) ** _exponents(dim, lengths.device)
 
 
 def _llama3(frequencies: torch.Tensor, s: RopeScaling) -> torch.Tensor:
@@ -239,14 +238,19 @@ class RotaryEmbedding(nn.Module):
 
     def _frequencies_of(self, positions: torch.Tensor) -> torch.Tensor:
         """(dim / 2,), or for scalings that follow the length (batch or 1, 1, 1, dim / 2)."""
-        if self.scaling is None or not self.scaling.follows_length or positions.shape[1] == 0:
-            return self.frequencies(positions.device)
-        lengths = positions.amax(1, keepdim=True) + 1
-        of_rows = rotary_frequencies(self.dim, self.theta, self.scaling, positions.device, lengths)
-        return of_rows[:, None, None]
+        found, s = self.frequencies(positions.device), self.scaling
+        if s is None or not s.follows_length:
+            return found
+        # an empty text is a short one
+        lengths = F.pad(positions, (1, 0), value=-1).amax(1, keepdim=True) + 1
+        if s.kind == "longrope":
+            found = torch.where(lengths > s.original_max_positions, found[1], found[0])
+        else:
+            found = _dynamic(self.dim, self.theta, s, lengths)
+        return found[:, None, None]
 
     def frequencies(self, device: torch.device) -> torch.Tensor:
-        """(dim / 2,) fp32, kept for the next call on the same device."""
+        """What :func:`rotary_frequencies` gives, kept for the next call on the same device."""
         if torch.compiler.is_compiling():
             return rotary_frequencies(self.dim, self.theta, self.scaling, device)
         found = self._frequencies
