@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 import transfuse
 from transfuse import tasks
-from transfuse.errors import ArgumentError
+from transfuse.errors import ArgumentError, CheckpointError
+from transfuse.models import MaskedLM, SequenceClassifier, SpanClassifier, TokenClassifier
 from transfuse.models.tokenizer import Tokenizer, TokenizerSettings
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -222,3 +225,199 @@ def test_text_mistakes(decoder, tokenizer):
         tasks.generate(decoder, tokenizer, None)
     with pytest.raises(ArgumentError, match="expected at least one prompt, got none"):
         tasks.generate(decoder, tokenizer, [])
+
+
+# --- batches --------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_of_like_length_and_results_in_order(decoder, tokenizer, monkeypatch):
+    prompts = ["a longer prompt than others", "x", "some words", "é", "y"]
+    alone = [tasks.generate(decoder, tokenizer, prompt, max_new_tokens=6)[0] for prompt in prompts]
+    shapes, generate = [], transfuse.generation.generate
+
+    def counted(model, ids, *args, **kw):
+        shapes.append(tuple(ids.shape))
+        return generate(model, ids, *args, **kw)
+
+    monkeypatch.setattr(tasks.text.generation, "generate", counted)
+    assert tasks.generate(decoder, tokenizer, prompts, max_new_tokens=6, batch_size=2) == alone
+    assert shapes == [(2, 29), (2, 4), (1, 3)]
+    two = tasks.generate(
+        decoder, tokenizer, prompts, max_new_tokens=6, batch_size=2, num_beams=3, num_return_sequences=2
+    )
+    assert len(two) == 10
+    best = tasks.generate(decoder, tokenizer, prompts[2], max_new_tokens=6, num_beams=3)
+    assert two[4] == best[0]
+
+
+def test_a_bar_is_shown_on_a_terminal_only_and_only_for_long_input(encoder, tokenizer, monkeypatch, capsys):
+    texts = ["text"] * 20
+    tasks.embed(encoder, tokenizer, texts, batch_size=1)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    tasks.embed(encoder, tokenizer, texts, batch_size=10)
+    assert capsys.readouterr().err == "", "two batches are over before a bar would help"
+    tasks.embed(encoder, tokenizer, texts, batch_size=1, progress=False)
+    assert capsys.readouterr().err == ""
+    tasks.embed(encoder, tokenizer, texts, batch_size=1)
+    captured = capsys.readouterr()
+    assert "embed" in captured.err
+    assert captured.out == ""
+
+
+# --- classes, answers, gaps -----------------------------------------------------------------------------------------
+
+
+def test_entities_of_a_text_longer_than_the_model_takes(tokenizer):
+    """A classifier that sees one byte: what it says of each must not depend on where windows begin."""
+    model = TokenClassifier(config("encoder", num_layers=1, position="none", max_positions=24), 2).eval()
+    model.labels = ("O", "I-VOWEL")
+    with torch.no_grad():
+        block = model.encoder.layers[0]
+        block.attention.out.weight.zero_()
+        block.feed_forward.down.weight.zero_()
+        vowels = [BYTES.index(c) for c in "aeiou"]
+        table = model.encoder.embeddings.token.weight
+        table.zero_()
+        table[:, 0], table[:, 1] = 1.0, -1.0
+        table[vowels, 0], table[vowels, 1] = -1.0, 1.0
+        model.classifier.weight.zero_()
+        model.classifier.weight[0, 0] = model.classifier.weight[1, 1] = 9.0
+        model.classifier.bias.zero_()
+    text = "queueing beautiful audio, " * 9 + "é aeo"
+    expected = [[m.start(), m.end()] for m in re.finditer("[aeiou]+", text)]
+    for settings in ({"max_length": 24}, {"max_length": 11, "stride": 0}, {"max_length": 11, "stride": 8}, {}):
+        found = tasks.token_classify(model, Tokenizer(tokenizer.backend, tokenizer.settings), [text, "b"], **settings)
+        assert [[e.start, e.end] for e in found[0]] == expected
+        assert {e.label for e in found[0]} == {"VOWEL"}
+        assert found[1] == []
+
+
+def test_an_answer_is_found_wherever_it_stands_in_a_long_context(tokenizer):
+    """A model that points at "Z": the windows must cover the whole context, and offsets be those of the text."""
+    model = SpanClassifier(config("encoder", num_layers=1, position="none")).eval()
+    with torch.no_grad():
+        model.encoder.layers[0].attention.out.weight.zero_()
+        model.encoder.layers[0].feed_forward.down.weight.zero_()
+        table = model.encoder.embeddings.token.weight
+        table.zero_()
+        table[:, 0], table[:, 1] = 1.0, -1.0
+        table[BYTES.index("Z"), 0], table[BYTES.index("Z"), 1] = -1.0, 1.0
+        model.classifier.weight.zero_()
+        model.classifier.weight[:, 1] = 9.0
+    for before in (0, 1, 37, 90, 150):
+        context = "ab cd " * (before // 6) + "é" * (before % 6) + " xZy " + "ef " * 30
+        for knobs in ({}, {"max_length": 30, "stride": 10}, {"max_length": 30, "stride": 0}):
+            best = tasks.answer(model, tokenizer, "where?", context, **knobs)[0][0]
+            assert best.text == "xZy" == context[best.start : best.end], (before, knobs)
+
+
+def test_wrong_models_and_tokenizers(encoder, decoder, tokenizer):
+    heads = {
+        tasks.classify: (SequenceClassifier(config("encoder", pooler=True), 2), ["a"]),
+        tasks.token_classify: (TokenClassifier(config("encoder"), 2), ["a"]),
+        tasks.answer: (SpanClassifier(config("encoder")), ["a", "b"]),
+        tasks.fill_mask: (MaskedLM(config("encoder")), ["a"]),
+        tasks.generate: (decoder, ["a"]),
+        tasks.stream_text: (decoder, ["a"]),
+        tasks.embed: (encoder, ["a"]),
+        tasks.translate: (transfuse.Seq2Seq(config("encoder_decoder", bos_token_id=1)), ["a"]),
+        tasks.summarize: (transfuse.Seq2Seq(config("encoder_decoder", bos_token_id=1)), ["a"]),
+    }
+    large = tokenizers.Tokenizer(tokenizers.models.BPE({str(i): i for i in range(300)}, []))
+    for task, (model, texts) in heads.items():
+        for wrong in (None, "minilm", torch.nn.Linear(2, 2), SpanClassifier):
+            with pytest.raises(ArgumentError, match=r": expected a model of kind .*, got (None|str|Linear|type); "):
+                task(wrong, tokenizer, *texts)
+        for wrong in (None, "minilm", tokenizer.backend):
+            with pytest.raises(ArgumentError, match=r"expected the model's tokenizer, got (None|str|Tokenizer); "):
+                task(model, wrong, *texts)
+        with pytest.raises(CheckpointError, match=r"gives ids up to 299, the model's vocabulary has 259 tokens"):
+            task(model, Tokenizer(large), *texts)
+        other = encoder if task in (tasks.generate, tasks.stream_text) else decoder
+        if task is not tasks.embed:
+            with pytest.raises(ArgumentError, match=rf"expected a model of kind .*, got {type(other).__name__}; "):
+                task(other, tokenizer, *texts)
+    with pytest.raises(ArgumentError, match="count_tokens: expected a tokenizer, got NoneType"):
+        tasks.count_tokens(None, "a")
+
+
+def test_mistakes_of_the_reading_tasks(tokenizer):
+    bare = Tokenizer(tokenizer.backend.from_str(tokenizer.backend.to_str()))
+    bare.backend.post_processor = tokenizers.processors.Sequence([])
+    classifier = SequenceClassifier(config("encoder", pooler=True), 2)
+    tagger, spans = TokenClassifier(config("encoder"), 2), SpanClassifier(config("encoder"))
+    filler = MaskedLM(config("encoder"))
+    masked = Tokenizer(tokenizer.backend, TokenizerSettings({"pad": "<pad>", "mask": "<s>"}))
+    for call, message in [
+        (lambda: tasks.classify(classifier, bare, ["a", ""]), r"every text must hold a token, texts\[1\] is ''"),
+        (lambda: tasks.classify(classifier, tokenizer, "a", top_k=0), "classify: top_k must be .* at least 1, got 0"),
+        (lambda: tasks.classify(classifier, tokenizer, ["a"], ["b", "c"]), "got 1 texts and 2 pairs"),
+        (lambda: tasks.classify(classifier, tokenizer, ["a"], batch_size=0), "batch_size must be .* got 0"),
+        (lambda: tasks.classify(classifier, tokenizer, 3), "classify: texts: expected a text or several, got int"),
+        (
+            lambda: tasks.token_classify(tagger, tokenizer, "a", aggregation="max"),
+            "must be 'simple' or 'none', got 'max'",
+        ),
+        (lambda: tasks.token_classify(tagger, tokenizer, "a", stride=200), "stride must be from 0 to 125, got 200"),
+        (lambda: tasks.answer(spans, tokenizer, ["a", "b"], ["c"]), "a context for each question, got 2 and 1"),
+        (
+            lambda: tasks.answer(spans, tokenizer, "x" * 200, "b"),
+            "takes 200 of a window's 128 tokens and windows share 64",
+        ),
+        (lambda: tasks.answer(spans, tokenizer, "", "b"), r"every question must hold a word, questions\[0\] is ''"),
+        (lambda: tasks.answer(spans, tokenizer, "a", "b", max_answer_tokens=0), "max_answer_tokens must be"),
+        (lambda: tasks.fill_mask(filler, tokenizer, "a"), "the tokenizer has no mask token"),
+        (lambda: tasks.fill_mask(filler, masked, "x" * 200), r"texts\[0\] has 202 tokens, the model takes 128"),
+        (lambda: tasks.fill_mask(filler, masked, "a", targets=["bc"]), "'bc' is b, c"),
+        (lambda: tasks.fill_mask(filler, masked, "a", targets=[]), "at least one target, got none"),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            call()
+
+
+def test_an_empty_context_holds_no_answer(tokenizer):
+    model = SpanClassifier(config("encoder")).eval()
+    assert tasks.answer(model, tokenizer, "who", "") == [[]]
+    assert [a.text for a in tasks.answer(model, tokenizer, "who", "", no_answer=True)[0]] == [""]
+
+
+def test_no_texts_give_no_results(tokenizer):
+    assert tasks.classify(SequenceClassifier(config("encoder", pooler=True), 2), tokenizer, []) == []
+    assert tasks.token_classify(TokenClassifier(config("encoder"), 2), tokenizer, []) == []
+    assert tasks.answer(SpanClassifier(config("encoder")), tokenizer, [], "a") == []
+    assert tasks.count_tokens(tokenizer, []) == []
+
+
+def test_a_translation_starts_with_what_the_checkpoint_or_the_caller_says(tokenizer):
+    model = transfuse.Seq2Seq(config("encoder_decoder", decoder_start_token_id=257)).eval()
+
+    def expected(text):
+        return tasks.generate(model, tokenizer, text, max_new_tokens=5)
+
+    assert tasks.translate(model, tokenizer, "cat", max_new_tokens=5) == expected("cat")
+    assert tasks.translate(model, tokenizer, "cat", prefix="to x: ", max_new_tokens=5) == expected("to x: cat")
+    model.task_settings = {"prefix": "p "}
+    assert tasks.summarize(model, tokenizer, "cat", max_new_tokens=5) == expected("p cat")
+    pair = {"prefix": "one ", "max_length": 4}
+    model.task_settings = {"task_specific_params": {"translation_a_to_b": pair}}
+    assert tasks.translate(model, tokenizer, "cat", max_new_tokens=5) == expected("one cat")
+    short = tasks.generate(model, tokenizer, "one cat", max_new_tokens=3)
+    assert tasks.translate(model, tokenizer, "cat") == short, "the checkpoint's max_length counts the start"
+    with pytest.raises(ArgumentError, match="the checkpoint translates a_to_b; got source 'b' and target 'a'"):
+        tasks.translate(model, tokenizer, "cat", source="b", target="a")
+    with pytest.raises(ArgumentError, match=r"every text must hold a word, texts\[1\] is ' '"):
+        tasks.translate(model, tokenizer, ["cat", " "])
+
+
+def test_a_vocabulary_with_codes_of_languages(tokenizer):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(BYTES)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<pad>", ">>de<<", "</s>"])
+    coded = Tokenizer(backend, TokenizerSettings({"pad": "<pad>", "eos": "</s>"}))
+    model = transfuse.Seq2Seq(config("encoder_decoder", decoder_start_token_id=256)).eval()
+    expected = tasks.generate(model, coded, ">>de<< cat", max_new_tokens=6)
+    assert tasks.translate(model, coded, "cat", target="de", max_new_tokens=6) == expected
+    assert tasks.translate(model, coded, "cat", target="fr", max_new_tokens=6) != expected

@@ -149,7 +149,11 @@ def _best(
         # Words may hold several spans, so more spans are looked at than answers are wanted.
         for score, at, to in _spans(start, end, inside, 2 * top_k + 10, max_answer_tokens):
             begin, stop = _characters(context, window, at, to)
-            text = context[begin:stop]
+            text = context[begin:stop].strip()  # byte-level words begin with their space
+            if not text:
+                continue
+            begin = context.index(text, begin)
+            stop = begin + len(text)
             known = found.get(text.lower())
             found[text.lower()] = (
                 Answer(score, text, begin, stop) if known is None else replace(known, score=known.score + score)
