@@ -174,6 +174,66 @@ def test_reorder_and_select(architecture, padded):
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
+@torch.no_grad()
+def test_widened_rows_share_their_source(architecture, padded):
+    """Three prompts with two copies each; afterwards every row continues as one with a source of its own would."""
+    model, ids, inputs = decoder_and_inputs(architecture, {"position": "rotary"})
+    mask = padding(3, LENGTH, "left") if padded else None
+    twice = torch.arange(3).repeat_interleave(2)
+    tails = torch.randint(0, 61, (6, 4))
+    for method, rows, sources in [
+        ("select", [0, 1, 4, 5], 2),  # a prompt leaves with both copies: they go on sharing
+        ("select", [5, 4, 1, 0], 2),
+        ("select", [0, 3, 4], 3),  # they part: a source each
+        ("select", [1, 2], 2),
+        ("reorder", [1, 1, 2, 3, 5, 4], 3),  # beams change places among themselves
+        ("reorder", [2, 3, 0, 0, 4, 4], 3),
+        ("reorder", [0, 2, 2, 3, 4, 5], 6),  # one becomes another prompt's
+    ]:
+        cache = model.new_cache(3, LENGTH + 4)
+        call(model, ids[:, :7], None if mask is None else mask[:, :7], inputs, cache)
+        cache.widen(2)
+        none = {"input_ids": None} if inputs else inputs
+        call(model, tails[:, :2], None, none, cache)
+        index = torch.tensor(rows)
+        getattr(cache, method)(index)
+        assert cache.batch == len(rows)
+        got = call(model, tails[index, 2:], None, none, cache).logits
+        whole = torch.cat([ids[twice[index], :7], tails[index]], 1)
+        seen = None if mask is None else torch.cat([mask[twice[index], :7], torch.ones(len(rows), 4)], 1)
+        moved = {k: v[twice[index]] for k, v in inputs.items()}
+        torch.testing.assert_close(got, call(model, whole, seen, moved).logits[:, 9:], rtol=0, atol=1e-12)
+        if inputs:
+            assert cache.layers[0].cross[0].shape[0] == sources
+
+
+@torch.no_grad()
+def test_a_reorder_leaves_what_rows_have_in_common():
+    model, ids, _ = decoder_and_inputs("decoder", {"position": "rotary"})
+    cache = model.new_cache(1, LENGTH)
+    model(ids[:1, :7], cache=cache)
+    cache.widen(3)
+    model(ids[:, 7:8], cache=cache)
+    cache.layers[0].keys[1, :, :7].fill_(float("nan"))  # would travel if it were moved
+    cache.reorder(torch.tensor([1, 1, 0]), 7)
+    assert cache.layers[0].keys[[0, 2]].isfinite().all()
+    assert torch.equal(cache.layers[0].keys[0, :, 7], cache.layers[0].keys[1, :, 7])
+
+
+@torch.no_grad()
+def test_cross_attention_maps_of_rows_that_share_their_source():
+    model, ids, inputs = decoder_and_inputs("encoder_decoder", {})
+    cache = model.new_cache(3, LENGTH)
+    call(model, ids[:, :7], None, inputs, cache)
+    cache.widen(2)
+    got = model(decoder_input_ids=ids.repeat_interleave(2, 0)[:, 7:9], cache=cache, output_attentions=True)
+    expected = model(**inputs, decoder_input_ids=ids[:, :9], output_attentions=True)
+    for ours, alone in zip(got.cross_attentions, expected.cross_attentions, strict=True):
+        torch.testing.assert_close(ours, alone[:, :, 7:].repeat_interleave(2, 0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @torch.no_grad()
 def test_crop(padded):
     """Rejected tokens leave no trace."""
