@@ -307,6 +307,17 @@ def test_gradient_checkpointing(name: str) -> None:
 
 
 @needs_transformers
+@pytest.mark.parametrize("name", ["bert", "gpt_neo", pytest.param("t5", marks=pytest.mark.slow)])
+def test_compiles_whole(name: str) -> None:
+    torch._dynamo.reset()
+    model: Any = build(name).eval()
+    transfuse.patch(model)
+    given = inputs(model)
+    expected = results(model, given)
+    near(results(torch.compile(model, fullgraph=True, backend="aot_eager"), given), expected, 1e-5)
+
+
+@needs_transformers
 def test_what_is_not_torch_s_own_is_called_step_by_step() -> None:
     model: Any = build("llama").eval()
     given = inputs(model)

@@ -117,5 +117,7 @@ def attention_forward(
 
 def records_attentions() -> bool:
     """Whether the model that runs now is asked for attention weights."""
-    collected = None if _collector is None else _collector.get()
+    if _collector is None or (torch.compiler.is_compiling() and not _collector.compiling):
+        return False  # compiled, it can be asked only where transformers has set it
+    collected = _collector.get()
     return collected is not None and any(key.endswith("attentions") for key in collected)
