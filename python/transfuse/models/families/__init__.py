@@ -106,7 +106,7 @@ class Family:
 
     def stored_name(self, name: str, task: str) -> str:
         """How the task's class of transformers spells a name of the table; a bare stack carries no prefix."""
-        prefix = "" if task in ("encoder", "decoder", "seq2seq") else self.other_prefixes.get(task, self.prefix)
+        prefix = self.other_prefixes.get(task, "" if task in ("encoder", "decoder", "seq2seq") else self.prefix)
         inside = name.startswith(self.prefix) and not name.startswith(self.heads)
         return prefix + name.removeprefix(self.prefix) if inside else name
 
