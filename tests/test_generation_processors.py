@@ -70,7 +70,7 @@ def test_no_ngram_of_the_source_equals_transformers(size, source_length):
 
 def test_forbidden_words_equal_transformers():
     scores, tokens = torch.randn(50, 6), torch.randint(0, 4, (50, 5))
-    words = [[3], [5], [0, 1], [2, 4], [1, 1, 2], [0, 0, 0, 0, 0, 1]]
+    words = [[3], [5], [0, 1], [2, 4], [1, 1, 2], [0, 0, 0, 0, 0, 0, 1]]
     theirs = transformers.NoBadWordsLogitsProcessor(words)(tokens, scores.clone())
     before = scores.clone()
     ours = processors.by_length(words, scores.device)
@@ -157,7 +157,9 @@ def test_chains_equal_transformers(knobs):
     for length, prompt_length in [(1, 1), (4, 4), (6, 4), (12, 4)]:
         ours = chain(config, eos, prompt_length, 9, source)
         theirs = chain_of_theirs(config, eos, prompt_length, 9, source)
-        scores, tokens = torch.randn(6, V) * 4, torch.randint(0, V, (6, length))
+        scores, tokens = torch.randn(6, V) * 4, torch.randint(2, V, (6, length))
+        if length > 1:
+            tokens[::2, -1] = 1  # begins a forbidden word
         assert torch.equal(ours(scores.clone(), tokens), theirs(tokens, scores.clone())), length
 
 
@@ -198,6 +200,15 @@ def test_a_file_asks_for_what_transformers_reads_in_it():
     # A sampling knob of the caller's asks for sampling, whatever the file says.
     assert GenerationConfig.from_values({}).replaced({"top_p": 0.9}).samples
     assert not drawn.replaced({"do_sample": False}).samples
+
+
+def test_a_length_stands_in_place_of_the_other_way_to_give_it():
+    said = GenerationConfig(max_new_tokens=7, min_length=5)
+    changed = said.replaced({"max_length": 20, "min_new_tokens": 0})
+    assert (changed.max_new_tokens, changed.max_length) == (None, 20)
+    assert (changed.min_new_tokens, changed.min_length) == (0, 0)
+    both = said.replaced({"max_new_tokens": 3, "max_length": 9})
+    assert (both.max_new_tokens, both.max_length) == (3, 9)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Larger counts are slips of the hand; refusing them here is clearer than an allocation that fails later.
 _MOST_ROWS = 1 << 16
 _MOST_TOKENS = 1 << 31
+_SAME = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))  # two ways to say one thing
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
@@ -162,7 +163,9 @@ class GenerationConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
     def replaced(self, knobs: Mapping[str, Any]) -> Self:
-        """These settings with some knobs changed; a sampling knob among them asks for sampling.
+        """These settings with some knobs changed.
+
+        A sampling knob among them asks for sampling, and a length stands in place of the other way to give it.
 
         Raises:
             ArgumentError: there is no such knob, or a value is out of its range.
@@ -181,6 +184,10 @@ class GenerationConfig:
                 raise ArgumentError(f"generate: unknown argument {name!r}; {hint}")
         if "do_sample" not in knobs and any(knobs.get(name) is not None for name in _SAMPLING):
             knobs = {**knobs, "do_sample": None}
+        for pair in _SAME:
+            for given, other in (pair, pair[::-1]):
+                if knobs.get(given) is not None and other not in knobs:
+                    knobs = {**knobs, other: None}
         return dataclasses.replace(self, **knobs)
 
     @property
