@@ -86,7 +86,8 @@ def generate(
         text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": text}])
     settings = {"add_special_tokens": not chat, "generator": _generator(place, seed), **knobs}
     began, written = time.perf_counter(), ""
-    if knobs.get("num_beams", 1) == 1:
+    defaults = loaded.generation_config
+    if knobs.get("num_beams", 1 if defaults is None else defaults.num_beams) == 1:
         for piece in tasks.stream_text(loaded, tokenizer, text, **settings):
             written += piece
             sys.stdout.write(piece)
