@@ -199,6 +199,19 @@ def test_minilm_token_embeddings_equal_transformers(minilm: tuple[Any, Any, Any]
         torch.testing.assert_close(got.last_hidden_state[row][tokens[row]], alone, rtol=0, atol=1e-5)
 
 
+def test_minilm_saved_again_is_read_by_transformers(minilm: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    model, _, theirs = minilm
+    model.save_pretrained(tmp_path)
+    assert_reads(type(theirs), tmp_path, theirs)
+
+
+def assert_reads(kind: Any, folder: Path, theirs: Any) -> None:
+    """transformers finds all its names in the folder, no others, and the numbers that it has."""
+    returned, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), returned.parameters(), strict=True))
+
+
 def test_minilm_tokenizer_equals_transformers(minilm: tuple[Any, Any, Any]) -> None:
     transformers = pytest.importorskip("transformers")
     ours, theirs = minilm[1], transformers.AutoTokenizer.from_pretrained(real("minilm"))
@@ -240,6 +253,14 @@ def test_smollm2_logits_close_to_transformers(smollm2: tuple[Any, Any, Any]) -> 
     got, expected = model(ids).logits, theirs(ids).logits
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert tokenizer.decode(got[0, -1].argmax(-1, keepdim=True)) == " Rome"
+
+
+@pytest.mark.slow
+def test_smollm2_saved_in_shards_is_read_by_transformers(smollm2: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    model, _, theirs = smollm2
+    model.save_pretrained(tmp_path, max_shard_size="100MB")
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 4
+    assert_reads(type(theirs), tmp_path, theirs)
 
 
 @pytest.mark.slow
