@@ -102,6 +102,7 @@ tests/test_norm.py:cuda;triton
 tests/test_causal_softmax.py:cuda;triton
 tests/test_causal_softmax_kernels.py:$both
 tests/test_ffn.py:$both
+tests/test_ffn_cuda.py:not nothing
 tests/test_rotary.py:$both
 tests/test_attention.py:cuda;triton and float32;triton and bfloat16;triton and float16 and not bfloat16;triton and not float
 tests/test_attention_varlen.py:cuda;triton and float32;triton and not float32

@@ -35,7 +35,7 @@ def force(monkeypatch):
     """Makes every product run by one plan; those of weights' gradients have one tile alone."""
 
     def to(plan):
-        def chosen(M, N, K, dtype, kind, layout, device):
+        def chosen(M, N, K, dtype, kind, layout, device, cublas):
             return plan._replace(tile=0) if layout == WEIGHT and plan.tile != CUBLAS else plan
 
         monkeypatch.setattr(cuda_plans, "choose", chosen)

@@ -35,9 +35,15 @@ def tiles(dtype: torch.dtype) -> Sequence[tuple[int, int, int]]:
     return _TILES_32 if dtype == torch.float32 else _TILES_16
 
 
-def choose(M: int, N: int, K: int, dtype: torch.dtype, kind: str, layout: int, device: torch.device) -> Plan:
-    """For (M, K) @ (K, N); kind: "plain" (a bias at most), "end" (or an activation), "gated" (two), "backward"."""
-    if cublas_may(dtype, device) and (kind == "plain" or (M > 64 and _fuses_up_to(device) < K)):
+@functools.lru_cache(4096)
+def choose(
+    M: int, N: int, K: int, dtype: torch.dtype, kind: str, layout: int, device: torch.device, cublas: bool
+) -> Plan:
+    """For (M, K) @ (K, N); kind: "plain" (a bias at most), "end" (or an activation), "gated" (two), "backward".
+
+    ``cublas`` is what :func:`cublas_may` says.
+    """
+    if cublas and (kind == "plain" or (M > 64 and _fuses_up_to(device) < K)):
         return Plan(CUBLAS, 1)
     processors = multiprocessors(device)
     tile = 0 if layout == WEIGHT else 2 if M <= 16 else 1
@@ -51,11 +57,12 @@ def choose(M: int, N: int, K: int, dtype: torch.dtype, kind: str, layout: int, d
     return Plan(tile, max(1, splits))
 
 
-def candidates(chosen: Plan, dtype: torch.dtype, layout: int, device: torch.device) -> list[Plan]:
+@functools.lru_cache(256)
+def candidates(chosen: Plan, layout: int, cublas: bool) -> Sequence[Plan]:
     """What measuring may try in place of the choice: all tiles, unsplit and split about as much, torch's matmul."""
     counts = sorted({1, 2, 4, 8, chosen.splits})
     found = [Plan(tile, s) for tile in range(1 if layout == WEIGHT else 3) for s in counts]
-    return [*found, Plan(CUBLAS, 1)] if cublas_may(dtype, device) else found
+    return [*found, Plan(CUBLAS, 1)] if cublas else found
 
 
 def cublas_may(dtype: torch.dtype, device: torch.device) -> bool:

@@ -182,8 +182,9 @@ def _operands(
 
 def _planned(kind: str, layout: int, M: int, N: int, K: int, like: torch.Tensor, run: Callable[[Plan], None]) -> None:
     """Run the plan chosen for a product, or the one that was measured for its class of shapes."""
-    chosen = cuda_plans.choose(M, N, K, like.dtype, kind, layout, like.device)
-    others = cuda_plans.candidates(chosen, like.dtype, layout, like.device)
+    cublas = cuda_plans.cublas_may(like.dtype, like.device)
+    chosen = cuda_plans.choose(M, N, K, like.dtype, kind, layout, like.device, cublas)
+    others = cuda_plans.candidates(chosen, layout, cublas)
     key = kind, layout, like.dtype, _power_of_2(M), N, _power_of_2(K)
     tuned("ffn_product_cuda", key, chosen, others, run, like.device)
 
