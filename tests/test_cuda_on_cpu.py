@@ -173,6 +173,21 @@ def test_a_launch_that_a_gpu_refuses(engine: Kernels) -> None:
         engine("run", "read_past_end", False, x, x.clone(), 32, 164 * 1024)  # sm_80 has 163 KB
 
 
+@pytest.mark.parametrize("name", ["read_races", "two_barriers", "divergent_shuffle", "copy_without_wait"])
+def test_stacks_switch_by_ucontext_too(name: str, engine: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do on processors other than x86-64."""
+    out = torch.empty(256)
+    for way in ("native", "ucontext"):
+        if way == "ucontext":
+            monkeypatch.setenv("TRANSFUSE_CUDA_ON_CPU_UCONTEXT", "1")
+        threads, message = BUGS[name]
+        with pytest.raises(RuntimeError, match=message):
+            run_planted(engine, name, True, threads)
+        assert not run_planted(engine, name, False, threads).isnan().any()
+        engine("barriers", out, 5)
+        assert torch.equal(out, (torch.arange(256.0) + 5) % 256)
+
+
 # --- rounding -------------------------------------------------------------------------------------------------------
 
 
@@ -289,11 +304,15 @@ def test_tf32_keeps_ten_bits_of_fraction(kernels: Kernels) -> None:
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("matrices", [1, 2, 4])
 def test_ldmatrix(matrices: int, transposed: bool, kernels: Kernels) -> None:
+    # Lane 8 m + r points to row r of matrix m, wherever that lies; what the other lanes point to is not read.
     tiles, out = torch.randn(matrices, 8, 8).half(), torch.empty(32, matrices, dtype=torch.int32)
-    kernels("ldmatrix", tiles, out, transposed)
+    rows = torch.randperm(8 * matrices, dtype=torch.int32).repeat(32 // (8 * matrices))
+    rows[8 * matrices :] = 0
+    kernels("ldmatrix", tiles, rows, out, transposed)
+    pointed = tiles.flatten(0, 1)[rows[: 8 * matrices].long()].view(matrices, 8, 8)
     for lane in range(32):
         for m in range(matrices):
-            tile = tiles[m].T if transposed else tiles[m]
+            tile = pointed[m].T if transposed else pointed[m]
             pair = tile[lane // 4, 2 * (lane % 4) : 2 * (lane % 4) + 2]
             assert torch.equal(out[lane, m : m + 1].view(torch.float16), pair)
 

@@ -134,7 +134,7 @@ def _definitions() -> list[str]:
 
 def _compile(command: list[str], source: Path) -> Path:
     """The object file of one source; compiled only if the command or a file that went into it has changed."""
-    how = ["-O1", *WATCHED] if source.suffix == ".cu" else ["-O2"]
+    how = ["-O1", *WATCHED] if source.suffix == ".cu" else ["-O3"]
     command = [*command, *how, "-c", str(source)]
     stem = CACHE / "objects" / f"{source.stem}-{hashlib.sha256(repr(command).encode()).hexdigest()[:16]}"  # no dots
     stem.parent.mkdir(exist_ok=True)

@@ -1,11 +1,11 @@
 // Runs a grid: blocks one after another, a block's threads as fibers that give way at barriers alone.
-#include "block.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <mutex>
 #include <numeric>
@@ -13,8 +13,7 @@
 #include <stdexcept>
 
 #include "cuda_runtime.h"
-#include "fiber.h"
-#include "memory.h"
+#include "internal.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -27,24 +26,14 @@ unsigned char* stack_memory = nullptr;
 
 namespace {
 
-void* scheduler_stack;
+void* scheduler;  // its saved stack
 void (*thread_entry)(void*);
 void* thread_frame;
 std::string failure;  // empty while all is well
 const void* failed_instruction;
 constexpr uint64_t kCanary = 0x5ca1ab1e0ddba11;
 
-unsigned char* stacks() {  // of 1024 threads; only touched pages are backed by memory
-  if (!stack_memory) {
-    void* mapped = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (mapped == MAP_FAILED) throw std::runtime_error("cuda_on_cpu: no memory for the stacks of a block's threads");
-    stack_memory = static_cast<unsigned char*>(mapped);
-  }
-  return stack_memory;
-}
-
-void yield() { cuda_on_cpu_switch(&block.current->stack_pointer, scheduler_stack); }
+void yield() { switch_stack(&block.current->saved, scheduler); }
 
 void thread_main() {
   watching = true;
@@ -57,15 +46,21 @@ void thread_main() {
 }
 
 void prepare_threads(unsigned count, dim3 shape) {
+  if (!stack_memory) {  // of 1024 threads; only touched pages are backed by memory
+    void* mapped = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) throw std::runtime_error("cuda_on_cpu: no memory for the stacks of a block's threads");
+    stack_memory = static_cast<unsigned char*>(mapped);
+  }
   block.threads.resize(count);
   for (unsigned t = 0; t < count; ++t) {
     Thread& thread = block.threads[t];
     thread.state = State::Ready;
     thread.index = {t % shape.x, t / shape.x % shape.y, t / (shape.x * shape.y)};
-    thread.stack = stacks() + t * kStackBytes;
+    thread.stack = stack_memory + t * kStackBytes;
     memcpy(thread.stack, &kCanary, sizeof(kCanary));
     // Staggered, or the tops of all stacks would fall into the same set of the cache.
-    thread.stack_pointer = prepare_stack(thread.stack, kStackBytes - t % 32 * 128, thread_main);
+    thread.saved = prepare_stack(thread.stack, kStackBytes - t % 32 * 128, thread_main);
     thread.copies.clear();
     thread.open_group = 0;
   }
@@ -92,84 +87,69 @@ std::string deadlock() {
     if (waiting.state == State::Exited) continue;
     const int warp = block.number(waiting) / 32;
     for (const Thread& other : block.threads) {
-      const bool concerned = waiting.state == State::AtBarrier ||
-                             (block.number(other) / 32 == warp && waiting.mask >> block.number(other) % 32 & 1);
-      if (!concerned || !differ(waiting, other)) continue;
-      return "divergent barrier: " + doing(waiting) + " while " + doing(other) +
-             "; every thread it names must come to the same barrier, so move it out of the condition";
+      const bool named = block.number(other) / 32 == warp && waiting.mask >> block.number(other) % 32 & 1;
+      if ((waiting.state == State::AtBarrier || named) && differ(waiting, other))
+        return "divergent barrier: " + doing(waiting) + " while " + doing(other) +
+               "; every thread it names must come to the same barrier, so move it out of the condition";
     }
-    if (waiting.state == State::AtMeeting) {
+    if (waiting.state == State::AtMeeting)
       return "divergent barrier: " + doing(waiting) + ", which names lanes that the block does not have";
-    }
   }
   return "no thread can go on";
-}
-
-void release_barrier() {
-  for (const Thread& thread : block.threads) {
-    if (differ(block.threads[0], thread)) {
-      failure = deadlock();
-      return;
-    }
-  }
-  block.last_barrier = ++block.clock;
-  for (Thread& thread : block.threads) thread.state = State::Ready;
 }
 
 void run_thread(Thread& thread) {
   block.current = &thread;
   threadIdx = thread.index;
-  cuda_on_cpu_switch(&scheduler_stack, thread.stack_pointer);
+  switch_stack(&scheduler, thread.saved);
   watching = false;
-  if (memcmp(thread.stack, &kCanary, sizeof(kCanary)) != 0 && failure.empty()) {
+  if (memcmp(thread.stack, &kCanary, sizeof(kCanary)) != 0 && failure.empty())
     failure = name_of(thread) + " ran over its stack of 64 KB: its local arrays are too large for registers";
-  }
 }
 
 void run_block(std::vector<int>& order, std::mt19937* random) {
-  for (size_t exited = 0; exited < order.size();) {
+  for (;;) {
     if (random) std::shuffle(order.begin(), order.end(), *random);
     bool progress = false;
-    size_t at_barrier = 0;
-    exited = 0;
     for (int t : order) {
-      Thread& thread = block.threads[t];
-      if (thread.state == State::Ready) {
-        run_thread(thread);
-        if (!failure.empty()) return;
-        progress = true;
-      }
+      if (block.threads[t].state != State::Ready) continue;
+      progress = true;
+      run_thread(block.threads[t]);
+      if (!failure.empty()) return;
     }
+    size_t at_barrier = 0, exited = 0;
     for (const Thread& thread : block.threads) {
-      at_barrier += thread.state == State::AtBarrier;
+      at_barrier += thread.state == State::AtBarrier && !differ(thread, block.threads[0]);
       exited += thread.state == State::Exited;
     }
+    if (exited == order.size()) return;
     if (at_barrier == order.size()) {
-      release_barrier();
-    } else if (!progress && exited < order.size()) {
+      block.last_barrier = ++block.clock;
+      for (Thread& thread : block.threads) thread.state = State::Ready;
+    } else if (!progress) {
       failure = deadlock();
+      return;
     }
-    if (!failure.empty()) return;
   }
-}
-
-uint64_t threads_of(const cudaLaunchConfig_t& config) {
-  return uint64_t(config.blockDim.x) * config.blockDim.y * config.blockDim.z;
 }
 
 // Why a GPU would not start this launch; empty if it would.
 std::string refuse(const cudaLaunchConfig_t& config, const void* kernel) {
   const dim3 b = config.blockDim, g = config.gridDim;
-  const uint64_t threads = threads_of(config);
-  if (threads == 0 || threads > 1024 || b.z > 64) return text("a block of (%u, %u, %u) threads", b.x, b.y, b.z);
-  if (!g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535) {
+  const uint64_t threads = uint64_t(b.x) * b.y * b.z;
+  if (threads == 0 || threads > kMaxThreads || b.z > 64) return text("a block of (%u, %u, %u) threads", b.x, b.y, b.z);
+  if (!g.x || !g.y || !g.z || g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535)
     return text("a grid of (%u, %u, %u) blocks", g.x, g.y, g.z);
-  }
-  if (config.dynamicSmemBytes > static_cast<size_t>(shared_limit(kernel))) {
-    return text("%zu bytes of dynamic shared memory: without cudaFuncSetAttribute the limit is %d",
-                config.dynamicSmemBytes, shared_limit(kernel));
-  }
-  return "";
+  const int limit = shared_limit(kernel);
+  if (config.dynamicSmemBytes <= static_cast<size_t>(limit)) return "";
+  return text("%zu bytes of dynamic shared memory: without cudaFuncSetAttribute the limit is %d",
+              config.dynamicSmemBytes, limit);
+}
+
+std::string formatted(const char* format, va_list arguments) {
+  char buffer[1024];
+  vsnprintf(buffer, sizeof(buffer), format, arguments);
+  return buffer;
 }
 
 }  // namespace
@@ -177,17 +157,11 @@ std::string refuse(const cudaLaunchConfig_t& config, const void* kernel) {
 const char* only_noting() { return getenv("TRANSFUSE_CUDA_ON_CPU_LAUNCHES"); }
 
 std::string text(const char* format, ...) {
-  char buffer[1024];
   va_list arguments;
   va_start(arguments, format);
-  vsnprintf(buffer, sizeof(buffer), format, arguments);
+  const std::string result = formatted(format, arguments);
   va_end(arguments);
-  return buffer;
-}
-
-std::string base_name(const char* path) {
-  const char* slash = strrchr(path, '/');
-  return slash ? slash + 1 : path;
+  return result;
 }
 
 std::string name_of(const Thread& thread) {
@@ -204,15 +178,13 @@ void fail_at(const void* instruction, const std::string& message) {
 
 void fail(const char* format, ...) {
   watching = false;
-  char buffer[1024];
   va_list arguments;
   va_start(arguments, format);
-  vsnprintf(buffer, sizeof(buffer), format, arguments);
+  std::string message = formatted(format, arguments);
   va_end(arguments);
   const Thread& self = *block.current;
-  fail_at(nullptr, self.state == State::AtMeeting
-                       ? buffer + text(" [%s:%d]", base_name(self.site.file).c_str(), self.site.line)
-                       : buffer);
+  if (self.state == State::AtMeeting) message += text(" [%s:%d]", base_name(self.site.file).c_str(), self.site.line);
+  fail_at(nullptr, message);
 }
 
 void run(const cudaLaunchConfig_t& config, const void* kernel, void (*entry)(void*), void* frame, size_t frame_bytes) {
@@ -222,20 +194,20 @@ void run(const cudaLaunchConfig_t& config, const void* kernel, void (*entry)(voi
   failure = refuse(config, kernel);
   failed_instruction = nullptr;
   if (!failure.empty()) throw std::runtime_error("cuda_on_cpu: " + name + ": a GPU refuses " + failure);
-  if (const char* notes = only_noting()) {
-    std::ofstream(notes, std::ios::app) << name << " " << threads_of(config) << " " << config.dynamicSmemBytes << "\n";
-    return;
-  }
   thread_entry = entry;
   thread_frame = frame;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
-  prepare_memory(kernel, config.dynamicSmemBytes, frame, frame_bytes);
-
-  const char* seed = getenv("TRANSFUSE_CUDA_ON_CPU_SEED");
-  std::mt19937 random(seed ? static_cast<unsigned>(atoi(seed)) : 0u);
   std::vector<int> order(blockDim.x * blockDim.y * blockDim.z);
   std::iota(order.begin(), order.end(), 0);
+  if (const char* notes = only_noting()) {
+    std::ofstream(notes, std::ios::app) << name << " " << order.size() << " " << config.dynamicSmemBytes << "\n";
+    return;
+  }
+  prepare_memory(kernel, config.dynamicSmemBytes, frame, frame_bytes);
+  choose_switch();
+  const char* seed = getenv("TRANSFUSE_CUDA_ON_CPU_SEED");
+  std::mt19937 random(seed ? static_cast<unsigned>(atoi(seed)) : 0u);
   const uint64_t blocks = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
   for (uint64_t b = 0; b < blocks; ++b) {
     blockIdx = {static_cast<unsigned>(b % gridDim.x), static_cast<unsigned>(b / gridDim.x % gridDim.y),
@@ -244,9 +216,9 @@ void run(const cudaLaunchConfig_t& config, const void* kernel, void (*entry)(voi
     run_block(order, seed ? &random : nullptr);
     if (failure.empty()) continue;
     forget_shared_memory();
-    throw std::runtime_error(
-        text("cuda_on_cpu: %s: block (%u, %u, %u), ", name.c_str(), blockIdx.x, blockIdx.y, blockIdx.z) + failure +
-        source_of(failed_instruction));
+    const uint3 at = blockIdx;
+    throw std::runtime_error(text("cuda_on_cpu: %s: block (%u, %u, %u), ", name.c_str(), at.x, at.y, at.z) + failure +
+                             source_of(failed_instruction));
   }
 }
 
@@ -292,11 +264,10 @@ void warp_barrier(unsigned mask, Site site) {
 }
 
 unsigned live_lanes() {
-  const int first = block.number(*block.current) / 32 * 32;
+  const size_t first = block.number(*block.current) / 32 * 32;
   unsigned lanes = 0;
-  for (int i = 0; i < 32 && first + i < static_cast<int>(block.threads.size()); ++i) {
-    lanes |= unsigned(block.threads[first + i].state != State::Exited) << i;
-  }
+  for (size_t i = first; i < std::min(first + 32, block.threads.size()); ++i)
+    lanes |= unsigned(block.threads[i].state != State::Exited) << (i - first);
   return lanes;
 }
 

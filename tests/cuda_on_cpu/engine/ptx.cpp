@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "cuda_bf16.h"
-#include "memory.h"
+#include "internal.h"
 
 namespace cuda_on_cpu {
 namespace {
@@ -17,24 +17,13 @@ struct Shuffled {
 // The lane that `lane` reads; its own where the source lies outside its segment of `width` lanes.
 int source_lane(const Shuffled& ask, int lane) {
   const int first = lane & ~(ask.width - 1), last = first + ask.width - 1;
-  int source = lane;
-  switch (ask.kind) {
-    case Shuffle::Index:
-      source = first + (ask.lane & (ask.width - 1));
-      break;
-    case Shuffle::Up:
-      source = lane - ask.lane;
-      break;
-    case Shuffle::Down:
-      source = lane + ask.lane;
-      break;
-    case Shuffle::Xor:
-      source = lane ^ ask.lane;
-      break;
-  }
+  const int source = ask.kind == Shuffle::Index  ? first + (ask.lane & (ask.width - 1))
+                     : ask.kind == Shuffle::Up   ? lane - ask.lane
+                     : ask.kind == Shuffle::Down ? lane + ask.lane
+                                                 : lane ^ ask.lane;
   // An xor may reach into earlier segments, as the ISA has it; the others stay within their own.
   const bool below = ask.kind != Shuffle::Xor && source < first;
-  return below || source > last || source < 0 ? lane : source;
+  return below || source > last ? lane : source;
 }
 
 void shuffle_all(void* const* operands, unsigned mask, void*) {

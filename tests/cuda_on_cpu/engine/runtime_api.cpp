@@ -1,10 +1,9 @@
 // The runtime API of a device that is not there: small, so that tests meet several blocks a multiprocessor and loops
 // over a grid; with the shared memory of sm_80.
-#include <cstring>
 #include <map>
 #include <mutex>
 
-#include "cuda_runtime_api.h"
+#include "internal.h"
 
 namespace {
 constexpr int kSharedOptIn = 163 * 1024, kSharedDefault = 48 * 1024;
@@ -12,60 +11,30 @@ std::map<const void*, int> shared_limits;
 std::mutex limits_lock;
 }  // namespace
 
-namespace cuda_on_cpu {
-int shared_limit(const void* kernel) {
+int cuda_on_cpu::shared_limit(const void* kernel) {
   const std::lock_guard<std::mutex> lock(limits_lock);
   const auto found = shared_limits.find(kernel);
   return found == shared_limits.end() ? kSharedDefault : found->second;
 }
-}  // namespace cuda_on_cpu
 
-cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 0;
-  return cudaSuccess;
-}
-
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 0, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 0, cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidValue ? "cudaErrorInvalidValue" : "an error";
-}
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorInvalidValue"; }  // the only one that is given here
 const char* cudaGetErrorString(cudaError_t) { return "from cuda_on_cpu's stand-in for the runtime"; }
 
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = 4;
-      break;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
-      break;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = kSharedDefault;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = kSharedOptIn;
-      break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = kSharedOptIn + 1024;
-      break;
-    default:
-      return cudaErrorInvalidValue;
-  }
-  return cudaSuccess;
+  static const std::map<cudaDeviceAttr, int> attributes = {
+      {cudaDevAttrMultiProcessorCount, 4},
+      {cudaDevAttrComputeCapabilityMajor, 8},
+      {cudaDevAttrComputeCapabilityMinor, 0},
+      {cudaDevAttrMaxSharedMemoryPerBlock, kSharedDefault},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedOptIn},
+      {cudaDevAttrMaxSharedMemoryPerMultiprocessor, kSharedOptIn + 1024},
+  };
+  return *value = attributes.at(attribute), cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {

@@ -1,4 +1,5 @@
-// Stands in for NVIDIA's header of this name: __half with IEEE binary16 rounding to nearest even.
+// Stands in for NVIDIA's header of this name: __half with IEEE binary16 rounding to nearest even. Kernels reckon in
+// float, so the 16-bit types only convert.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -25,41 +26,9 @@ inline float half_value(uint16_t bits) {
 
 }  // namespace cuda_on_cpu
 
-// The conversions and operators of both 16-bit types; each operator rounds once, as the hardware's does.
-#define CUDA_ON_CPU_FLOAT16(type, to_bits, to_value)                          \
-  struct type {                                                               \
-    uint16_t raw;                                                             \
-    type() = default;                                                         \
-    type(float value) : raw(to_bits(value)) {}                                \
-    operator float() const { return to_value(raw); }                          \
-  };                                                                          \
-  inline type operator+(type a, type b) { return type(float(a) + float(b)); } \
-  inline type operator-(type a, type b) { return type(float(a) - float(b)); } \
-  inline type operator*(type a, type b) { return type(float(a) * float(b)); } \
-  inline type operator/(type a, type b) { return type(float(a) / float(b)); } \
-  inline type operator-(type a) {                                             \
-    a.raw ^= 0x8000u;                                                         \
-    return a;                                                                 \
-  }                                                                           \
-  inline bool operator<(type a, type b) { return float(a) < float(b); }       \
-  inline bool operator>(type a, type b) { return float(a) > float(b); }       \
-  inline bool operator==(type a, type b) { return float(a) == float(b); }     \
-  inline bool operator!=(type a, type b) { return float(a) != float(b); }     \
-  struct alignas(4) type##2_pair { type x, y; };
-CUDA_ON_CPU_FLOAT16(__half, cuda_on_cpu::half_bits, cuda_on_cpu::half_value)
+struct __half {
+  uint16_t raw;
+};
 
-using half = __half;
-using __half2 = __half2_pair;
-using half2 = __half2;
-
-inline __half __float2half(float x) { return __half(x); }
-inline __half __float2half_rn(float x) { return __half(x); }
-inline float __half2float(__half x) { return x; }
-inline unsigned short __half_as_ushort(__half x) { return x.raw; }
-inline __half __ushort_as_half(unsigned short x) { return bits_as<__half>(x); }
-inline __half2 __halves2half2(__half x, __half y) { return {x, y}; }
-inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
-inline __half2 __float22half2_rn(float2 x) { return {__half(x.x), __half(x.y)}; }
-inline float2 __half22float2(__half2 x) { return {x.x, x.y}; }
-inline float __low2float(__half2 x) { return x.x; }
-inline float __high2float(__half2 x) { return x.y; }
+inline __half __float2half_rn(float x) { return {cuda_on_cpu::half_bits(x)}; }
+inline float __half2float(__half x) { return cuda_on_cpu::half_value(x.raw); }

@@ -1,5 +1,5 @@
-// Stands in for NVIDIA's header of this name, and for what nvcc knows by itself: keywords, vector types, built-in
-// variables, warp functions, atomics and intrinsics, as the CUDA C++ programming guide defines them.
+// Stands in for NVIDIA's header of this name, and for what nvcc knows by itself: the keywords, vector types, built-in
+// variables, warp functions and intrinsics that csrc/ uses, as the CUDA C++ programming guide defines them.
 #pragma once
 
 #include <cmath>
@@ -33,17 +33,12 @@
 #define alignas(...) __attribute__((aligned(__VA_ARGS__)))
 #endif
 
-#define CUDA_ON_CPU_VECTOR(type, name, bytes)                      \
-  struct alignas(2 * sizeof(type)) name##2 { type x, y; };         \
-  struct alignas(bytes) name##4 { type x, y, z, w; };              \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; } \
-  inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
-CUDA_ON_CPU_VECTOR(float, float, 16)
-CUDA_ON_CPU_VECTOR(int, int, 16)
-CUDA_ON_CPU_VECTOR(unsigned, uint, 16)
-CUDA_ON_CPU_VECTOR(short, short, 8)
-CUDA_ON_CPU_VECTOR(unsigned short, ushort, 8)
-#undef CUDA_ON_CPU_VECTOR
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
@@ -107,47 +102,20 @@ CUDA_ON_CPU_SHUFFLE(__shfl_down_sync, Down)
 CUDA_ON_CPU_SHUFFLE(__shfl_xor_sync, Xor)
 #undef CUDA_ON_CPU_SHUFFLE
 
-// Atomics: threads of one host thread interleave only at barriers, so a plain update is atomic.
-template <typename T, typename F>
-T atomic_update(T* address, F update) {
-  struct Step {
-    F update;
-    T before;
-  } step{update, {}};
-  const auto run = [](void* at, void* argument) {
-    Step& mine = *static_cast<Step*>(argument);
-    memcpy(&mine.before, at, sizeof(T));
-    const T after = mine.update(mine.before);
-    memcpy(at, &after, sizeof(T));
-  };
-  cuda_on_cpu::atomic(address, sizeof(T), run, &step);
-  return step.before;
-}
+// Threads of one host thread interleave only at barriers, so a plain update is atomic.
 template <typename T>
 T atomicAdd(T* address, T value) {
-  return atomic_update(address, [=](T old) { return T(old + value); });
+  T before;
+  const auto update = [](void* at, void* operands) {
+    auto [value, before] = *static_cast<std::pair<T, T*>*>(operands);
+    T& now = *static_cast<T*>(at);
+    *before = now;
+    now = T(now + value);
+  };
+  std::pair<T, T*> operands{value, &before};
+  cuda_on_cpu::atomic(address, sizeof(T), update, &operands);
+  return before;
 }
-template <typename T>
-T atomicMax(T* address, T value) {
-  return atomic_update(address, [=](T old) { return old < value ? value : old; });
-}
-template <typename T>
-T atomicMin(T* address, T value) {
-  return atomic_update(address, [=](T old) { return value < old ? value : old; });
-}
-template <typename T>
-T atomicExch(T* address, T value) {
-  return atomic_update(address, [=](T) { return value; });
-}
-template <typename T>
-T atomicCAS(T* address, T expected, T value) {
-  return atomic_update(address, [=](T old) { return old == expected ? value : old; });
-}
-inline unsigned atomicInc(unsigned* address, unsigned last) {
-  return atomic_update(address, [=](unsigned old) { return old >= last ? 0u : old + 1; });
-}
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 // Arithmetic. The approximate functions are the exact ones here: a kernel's error on a GPU is a GPU's to show.
 template <typename A, typename B>
@@ -160,27 +128,9 @@ std::common_type_t<A, B> max(A a, B b) {
 }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fsub_rn(float x, float y) { return x - y; }
-inline float __fmul_rn(float x, float y) {
-  volatile float product = x * y;
-  return product;
-}
-inline float __fdiv_rn(float x, float y) { return x / y; }
-inline float __fsqrt_rn(float x) { return sqrtf(x); }
-inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 #define __expf(x) expf(x)  // glibc declares these names, and does not define them
-#define __exp2f(x) exp2f(x)
 #define __logf(x) logf(x)
-#define __log2f(x) log2f(x)
-#define __sinf(x) sinf(x)
-#define __cosf(x) cosf(x)
-#define __tanhf(x) tanhf(x)
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>((uint64_t(x) * y) >> 32); }
 
 template <typename To, typename From>
 To bits_as(From from) {
@@ -194,24 +144,8 @@ inline unsigned __float_as_uint(float x) { return bits_as<unsigned>(x); }
 inline float __int_as_float(int x) { return bits_as<float>(x); }
 inline float __uint_as_float(unsigned x) { return bits_as<float>(x); }
 
-// Cache hints change no value.
+// A cache hint changes no value.
 template <typename T>
 T __ldg(const T* from) {
   return *from;
-}
-template <typename T>
-T __ldcs(const T* from) {
-  return *from;
-}
-template <typename T>
-T __ldcg(const T* from) {
-  return *from;
-}
-template <typename T>
-void __stcs(T* to, T value) {
-  *to = value;
-}
-template <typename T>
-void __stcg(T* to, T value) {
-  *to = value;
 }

@@ -25,7 +25,8 @@ void shuffles(const TensorView& in, const TensorView& out, int kind, int lane, i
 void votes(const TensorView& in, const TensorView& out, const LaunchTarget& target);
 void run_mma(const std::string& kind, const TensorView& a, const TensorView& b, const TensorView& d,
              const LaunchTarget& target);
-void run_ldmatrix(const TensorView& in, const TensorView& out, bool transposed, const LaunchTarget& target);
+void run_ldmatrix(const TensorView& in, const TensorView& rows, const TensorView& out, bool transposed,
+                  const LaunchTarget& target);
 
 void barriers(const TensorView& out, int rounds, const LaunchTarget& target);
 void copies(const TensorView& in, const TensorView& out, const LaunchTarget& target);

@@ -63,14 +63,15 @@ __global__ void mma_tf32_kernel(const float* a, const float* b, float* d) {
   for (int i = 0; i < 4; ++i) d[threadIdx.x * 4 + i] = d_reg[i];
 }
 
-// in: (MATRICES, 8, 8) of 16 bits; out: (32 lanes, MATRICES) registers
+// in: (MATRICES, 8, 8) of 16 bits; rows: (32), the row of `in` to which each lane points; out: (32 lanes, MATRICES)
+// registers
 template <int MATRICES>
-__global__ void ldmatrix_kernel(const uint16_t* in, uint32_t* out, bool transposed) {
+__global__ void ldmatrix_kernel(const uint16_t* in, const int* rows, uint32_t* out, bool transposed) {
   __shared__ alignas(16) uint16_t tile[MATRICES * 64];
   for (unsigned i = threadIdx.x; i < MATRICES * 64; i += 32) tile[i] = in[i];
   __syncwarp();
   uint32_t m[MATRICES];
-  const uint16_t* row = &tile[threadIdx.x % (8 * MATRICES) * 8];
+  const uint16_t* row = &tile[rows[threadIdx.x] * 8];
   if (transposed) {
     ldmatrix_transposed(m, row);
   } else {
@@ -151,12 +152,14 @@ void run_mma(const std::string& kind, const TensorView& a, const TensorView& b, 
   launch(call, target, dim3(1), dim3(32), 0, kernel, a.as<uint32_t>(), b.as<uint32_t>(), d.as<float>());
 }
 
-void run_ldmatrix(const TensorView& in, const TensorView& out, bool transposed, const LaunchTarget& target) {
-  const Call call("ldmatrix", {{"in", &in}, {"out", &out, Role::Output}});
+void run_ldmatrix(const TensorView& in, const TensorView& rows, const TensorView& out, bool transposed,
+                  const LaunchTarget& target) {
+  const Call call("ldmatrix", {{"in", &in}, {"rows", &rows}, {"out", &out, Role::Output}});
   const auto kernel = in.sizes[0] == 1   ? ldmatrix_kernel<1>
                       : in.sizes[0] == 2 ? ldmatrix_kernel<2>
                                          : ldmatrix_kernel<4>;
-  launch(call, target, dim3(1), dim3(32), 0, kernel, in.as<uint16_t>(), out.as<uint32_t>(), transposed);
+  launch(call, target, dim3(1), dim3(32), 0, kernel, in.as<uint16_t>(), rows.as<int>(), out.as<uint32_t>(),
+         transposed);
 }
 
 void barriers(const TensorView& out, int rounds, const LaunchTarget& target) {
