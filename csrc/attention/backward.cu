@@ -77,16 +77,19 @@ void attention_backward(const TensorView& q, const TensorView& k, const TensorVi
                   {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}, {"dout", &dout},
                    {"dlse", pointer(dlse)}, {"statistics", &statistics, Role::Workspace}, {"dq", &dq, written},
                    {"dk", &dk, written}, {"dv", &dv, written}, {"dbias", pointer(dbias), Role::Updated},
-                   {"dbias_partial", pointer(dbias_partial), Role::Output}, {"dslopes", pointer(dslopes), Role::Updated},
-                   {"dsinks", pointer(dsinks), Role::Updated}, {"mask", pointer(mask)}, {"bias", pointer(bias)},
+                   {"dbias_partial", pointer(dbias_partial), Role::Output},
+                   {"dslopes", pointer(dslopes), Role::Updated}, {"dsinks", pointer(dsinks), Role::Updated},
+                   {"mask", pointer(mask)}, {"bias", pointer(bias)},
                    {"slopes", pointer(slopes)}, {"sinks", pointer(sinks)}, {"q_starts", pointer(q_starts)},
                    {"k_starts", pointer(k_starts)}, {"k_lengths", pointer(k_lengths)}, {"seed", pointer(seed)}});
-  attention::StatisticsParams p{attention::problem(call, q, k, v, mask, bias, slopes, q_starts, k_starts, k_lengths, seed,
-                                                   max_q, max_k, scale, left, right, first, softcap, dropout_p)};
+  attention::StatisticsParams p{};
+  static_cast<attention::Problem&>(p) =
+      attention::problem(call, q, k, v, mask, bias, slopes, q_starts, k_starts, k_lengths, seed, max_q, max_k, scale,
+                         left, right, first, softcap, dropout_p);
   require(attention::like(dq, q, q.sizes[3]) && attention::like(dk, k, k.sizes[3]) &&
               attention::like(dv, v, v.sizes[3]) && attention::like(out, q, v.sizes[3]) &&
               attention::like(dout, q, v.sizes[3]),
-          call, "dq, dk, dv must be like q, k, v, out and dout like q, as wide as v, all with rows aligned to 16 bytes");
+          call, "dq, dk, dv must be like q, k, v; out, dout like q, as wide as v; all with rows aligned to 16 bytes");
   require(attention::statistics_of(lse, q) && (!dlse || attention::statistics_of(*dlse, q)), call,
           "lse and dlse must be (batch, heads, rows, 1) in float32");
   require(attention::statistics_of(statistics, q) && statistics.sizes[3] == 2 && statistics.strides[3] == 1 &&

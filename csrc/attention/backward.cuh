@@ -1,14 +1,14 @@
-// attention backward:  dV = (D P)^T dO     dK = scale (c dS)^T Q     dQ = scale (c dS) K     (gradients.cuh has P and dS)
+// attention backward:  dV = (D P)^T dO    dK = scale (c dS)^T Q    dQ = scale (c dS) K    (P, dS: gradients.cuh)
 //
 // One kernel, twice. Its block owns OWN rows, each of its warps 16 of them, and loops over the rows on the other side:
 //
 //   dQ      owns queries of one head (q, dO)        loops over the keys they see (k, v)
-//   dK, dV  owns keys of one key head (k, v), KEYS  loops over the queries that see them (q, dO), of all heads of its group
+//   dK, dV  owns keys of one key head (k, v), KEYS  loops over the queries that see them (q, dO), of its whole group
 //
 //   S  = own x  loop x^T   [16 x LOOP] a warp        dP = own y  loop y^T   [16 x LOOP]         x: q, k; y: dO, v
 //   dX += dS loop x        [16 x OUT]  a warp        dY += P loop y         [16 x OUT], KEYS alone
 //
-// S and dP are formed in both: seven products for the five of the formulas, the price of sums in a fixed order without
+// S and dP are formed in both: seven products for the five of the formulas, the price of a fixed order of sums and no
 // atomics. A block writes OUT columns; where they are fewer than the rows have, several share the rows.
 // Shared memory, dynamic: own x and y [OWN][D]; STAGES of loop x and y [LOOP][D], for KEYS of (L, delta) [LOOP] as well.
 // RICH as in forward.cuh. With it the dQ kernel also writes dS, where the bias has each score's shape, and slopes'

@@ -20,8 +20,9 @@ template <typename T>
 __global__ void __launch_bounds__(kStatisticsThreads) attention_backward_statistics(const StatisticsParams p) {
   __shared__ float of_warps[32];
   constexpr int kVec = 16 / sizeof(T);
-  const int tile = static_cast<int>(blockIdx.x % p.tiles), lane = static_cast<int>(threadIdx.x) % kRowLanes;
-  const Sequence at(p, static_cast<int>(blockIdx.x / p.tiles / p.heads), static_cast<int>(blockIdx.x / p.tiles % p.heads));
+  const int block = static_cast<int>(blockIdx.x), tile = block % p.tiles;
+  const int lane = static_cast<int>(threadIdx.x) % kRowLanes;
+  const Sequence at(p, block / p.tiles / p.heads, block / p.tiles % p.heads);
   const int end = min((tile + 1) * kStatisticsRows, at.q_rows);
   float dsink = 0.0f;
   for (int first = tile * kStatisticsRows; first < end; first += kStatisticsThreads / kRowLanes) {

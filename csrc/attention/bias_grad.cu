@@ -37,7 +37,8 @@ void choose_tiles(BiasGradientParams& p, const Call& call, const LaunchTarget& t
 void launch_bias_gradient(const BackwardParams& p, const TensorView& partial, DType dtype, const Call& call,
                           const LaunchTarget& target) {
   const int64_t* sizes = partial.sizes;  // (splits, batch|1, heads|1, q_len|1, k_len|1)
-  BiasGradientParams all{p};
+  BiasGradientParams all{};
+  static_cast<BackwardParams&>(all) = p;
   all.partial = partial.data;
   all.partial_is_float = partial.dtype == DType::Float32;
   all.splits = static_cast<int>(sizes[0]);

@@ -1,10 +1,10 @@
-// The gradient of an attention bias that was broadcast: the sum of dS (gradients.cuh) over all batch rows, heads, queries
-// and keys that share an element of the bias. A bias of each score's own is written by backward.cuh.
+// The gradient of an attention bias that was broadcast: the sum of dS (gradients.cuh) over all batch rows, heads,
+// queries and keys that share an element of the bias. A bias of each score's own is written by backward.cuh.
 //
-//   bias of (., ., q_len, k_len)   a block owns BLOCK_M x BLOCK_N elements   loops over batch rows and heads that share them
-//   bias of (., ., 1, k_len)       BLOCK_N columns                           over those and over tiles of queries
-//   bias of (., ., q_len, 1)       BLOCK_M rows                              over those and over tiles of keys
-//   bias of (., ., 1, 1)           one element                               over those and over all tiles
+//   bias of (., ., q_len, k_len)   a block owns BLOCK_M x BLOCK_N elements   loops over batch rows and heads
+//   bias of (., ., 1, k_len)       BLOCK_N columns                           that share them; those and tiles of queries
+//   bias of (., ., q_len, 1)       BLOCK_M rows                              those and tiles of keys
+//   bias of (., ., 1, 1)           one element                               those and all tiles
 //
 // `splits` blocks share that run, each with a partial of its own; the caller adds the partials up. Tiles outside the
 // window are not read. Always rich: there is a bias.
@@ -18,8 +18,9 @@
 namespace transfuse::attention {
 
 struct BiasGradientParams : BackwardParams {
-  void* partial;                            // (splits, batch|1, heads|1, q_len|1, k_len|1) float, or T if partial_is_float
-  bool partial_is_float, rows, columns;     // whether the bias has a row for each query, a column for each key
+  void* partial;  // (splits, batch|1, heads|1, q_len|1, k_len|1) T or float
+  bool partial_is_float;
+  bool rows, columns;                                // whether the bias has a row for each query, a column for each key
   int splits, bias_heads, batches_each, heads_each;  // batch rows and heads that share an element
   int q_tiles, k_tiles;
 };
@@ -48,7 +49,8 @@ class BiasGradient {
   }
 
   __device__ __forceinline__ void run() {
-    const int64_t units = int64_t(p_.batches_each) * p_.heads_each * (p_.rows ? 1 : p_.q_tiles) * (p_.columns ? 1 : p_.k_tiles);
+    const int64_t tiles = int64_t(p_.rows ? 1 : p_.q_tiles) * (p_.columns ? 1 : p_.k_tiles);
+    const int64_t units = tiles * p_.batches_each * p_.heads_each;
     const int64_t run = (units + p_.splits - 1) / p_.splits;
     end_ = min((split_ + 1) * run, units);
     int64_t unit = seen_from(split_ * run);
@@ -172,8 +174,8 @@ class BiasGradient {
   __device__ __forceinline__ void store(int i, int j, float x) const {
     const int64_t q_len = p_.rows ? p_.q_len : 1, k_len = p_.columns ? p_.k_len : 1;
     if (i >= q_len || j >= k_len) return;
-    const int bias_batch = p_.batch / p_.batches_each;
-    const int64_t offset = (((int64_t(split_) * bias_batch + bias_b_) * p_.bias_heads + bias_h_) * q_len + i) * k_len + j;
+    const int64_t owner = int64_t(split_) * (p_.batch / p_.batches_each) + bias_b_;
+    const int64_t offset = ((owner * p_.bias_heads + bias_h_) * q_len + i) * k_len + j;
     if (p_.partial_is_float) {
       static_cast<float*>(p_.partial)[offset] = x;
     } else {

@@ -65,12 +65,14 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
                    {"mask", pointer(mask)}, {"bias", pointer(bias)}, {"slopes", pointer(slopes)},
                    {"sinks", pointer(sinks)}, {"q_starts", pointer(q_starts)}, {"k_starts", pointer(k_starts)},
                    {"k_lengths", pointer(k_lengths)}, {"seed", pointer(seed)}});
-  ForwardParams p{attention::problem(call, q, k, v, mask, bias, slopes, q_starts, k_starts, k_lengths, seed, max_q, max_k,
-                                     scale, left, right, first, softcap, dropout_p)};
+  ForwardParams p{};
+  static_cast<attention::Problem&>(p) =
+      attention::problem(call, q, k, v, mask, bias, slopes, q_starts, k_starts, k_lengths, seed, max_q, max_k, scale,
+                         left, right, first, softcap, dropout_p);
   require(attention::like(out, q, v.sizes[3]), call, "out must be like q, as wide as v, with rows aligned to 16 bytes");
   require(attention::statistics_of(lse, q), call, "lse must be (batch, heads, rows, 1) in float32");
-  require(attention::broadcasts(pointer(sinks), 1, q.sizes[1], 1, 1) && (!sinks || sinks->dtype == DType::Float32), call,
-          "sinks must be (1, heads, 1, 1) in float32");
+  require(attention::broadcasts(pointer(sinks), 1, q.sizes[1], 1, 1) && (!sinks || sinks->dtype == DType::Float32),
+          call, "sinks must be (1, heads, 1, 1) in float32");
   if (p.batch * q.sizes[1] * max_q == 0) return;
   p.out = strided(&out), p.lse = strided(&lse), p.sinks = strided(pointer(sinks));
   const int64_t rows = p.batch * q.sizes[1];

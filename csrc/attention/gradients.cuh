@@ -2,8 +2,8 @@
 //
 //   P = 2^(s - L)     dP = D (dO V^T)     dS = P (dP - delta)     L = lse log2 e, delta = rowsum(dO out) - dlse
 //
-// L is +inf in rows that see nothing: P is 0 there whatever the scores are. A tile stands queries by keys or, KEYS, keys
-// by queries, so that P and dS are A fragments of the products that follow as they come out of the exponential.
+// L is +inf in rows that see nothing: P is 0 there whatever the scores are. A tile stands queries by keys or, KEYS,
+// keys by queries, so that P and dS are A fragments of the products that follow as they come out of the exponential.
 #pragma once
 
 #include "attention/scores.cuh"

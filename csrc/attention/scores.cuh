@@ -16,7 +16,7 @@ namespace transfuse::attention {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLowest = -3.4028234663852886e38f;
 
-// A (batch, heads, rows, columns) tensor; strides in elements, 0 where it is broadcast. data is null where it is absent.
+// A (batch, heads, rows, columns) tensor; strides in elements, 0 where it is broadcast; data null where it is absent.
 struct Strided {
   const void* data;
   int64_t batch, head, row, column;
