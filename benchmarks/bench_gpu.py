@@ -1,6 +1,7 @@
 """Every op on a GPU: the CUDA and Triton kernels beside what torch users have, each time behind a check against fp64.
 
     python benchmarks/bench_gpu.py [--op attention decode varlen rotary norm softmax ffn] [--json FILE] [--seconds N]
+    python benchmarks/bench_gpu.py --op ffn --tune       # the tiles and plans of each launch first, kept as autotune does
     python benchmarks/bench_gpu.py --rehearse            # tiny sizes, a CPU will do: does every case run?
 
 Times are medians with the 20th and 80th percentile over runs with a cold L2 cache (triton.testing.do_bench). The
@@ -71,8 +72,8 @@ def error_of(case: Case, out: torch.Tensor, truth: torch.Tensor) -> float:
     return (case.part(out).double() - truth).abs().nan_to_num(torch.inf).max().item()
 
 
-def measure(case: Case, tiny: bool, limits: dict[str, float]) -> list[dict[str, Any]]:
-    """One record a variant."""
+def measure(case: Case, tiny: bool, limits: dict[str, float], tune: bool = False) -> list[dict[str, Any]]:
+    """One record a variant; with ``tune``, ours by the fastest of the tiles and plans that its launches can take."""
     inputs = list(case.inputs.values())
     truth = case.reference(*(t.double() for t in inputs))
     unit = torch.finfo(inputs[0].dtype).eps * truth.abs().max().item()
@@ -81,6 +82,8 @@ def measure(case: Case, tiny: bool, limits: dict[str, float]) -> list[dict[str, 
     for name, function in case.variants.items():
         record: dict[str, Any] = {"variant": name, "error_budget": budget}
         try:
+            if tune and name in ("cuda", "triton"):
+                record["tuned"] = tuned(case, function)
             record["max_error"] = error_of(case, function(*inputs), truth)
             record["wrong"] = record["max_error"] > budget
             if not record["wrong"] or name not in ("cuda", "triton"):
@@ -91,6 +94,22 @@ def measure(case: Case, tiny: bool, limits: dict[str, float]) -> list[dict[str, 
             record["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         records.append(record)
     return [{"op": case.op, "case": case.name, **record} for record in records]
+
+
+def tuned(case: Case, function: gpu_cases.Function) -> list[dict[str, Any]]:
+    """What transfuse.autotune found for each launch, from then on in use."""
+    leaves = [t.detach().requires_grad_(n in case.grads) for n, t in case.inputs.items()]
+    found = transfuse.autotune(function, *leaves, backward=bool(case.grads))
+    return [
+        {
+            "launch": m.op,
+            "key": repr(m.key),
+            "us": m.microseconds,
+            "tiles": m.tiles,
+            "default_us": m.default_microseconds,
+        }
+        for m in found
+    ]
 
 
 def times(
@@ -188,7 +207,7 @@ def _output(command: list[str]) -> str | None:
 
 
 def line(record: dict[str, Any]) -> str:
-    """One line of the table."""
+    """One line of the table, and one for each tuned launch."""
     start = f"{record['op']:16} {record['case']:34} {record['variant']:14}"
     if "max_error" not in record:
         return f"{start} {'skipped: ' + record['skipped'] if 'skipped' in record else 'FAILED: ' + record['failed']}"
@@ -200,7 +219,12 @@ def line(record: dict[str, Any]) -> str:
             parts.append(f"{direction} {found['ms_p50_p20_p80'][0] * 1e3:9.1f} us {rate} {found['share']:4.0%}")
     wrong = " WRONG" if record.get("wrong") else ""
     failed = f"  then FAILED: {record['failed']}" if "failed" in record else ""
-    return f"{start} {'  '.join(parts)}  error {record['max_error']:.1e}{wrong}{failed}"
+    lines = [f"{start} {'  '.join(parts)}  error {record['max_error']:.1e}{wrong}{failed}"]
+    lines += [
+        f"  {m['launch']} {m['key']}: {m['tiles']} {m['us']:.1f} us, by the rule {m['default_us']:.1f} us"
+        for m in record.get("tuned", ())
+    ]
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -210,6 +234,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--json", type=Path, help="write the record here, also when time runs out")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this long")
+    parser.add_argument("--tune", action="store_true", help="measure every launch's tiles and plans first")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on whatever device there is")
     options = parser.parse_args()
     if not torch.cuda.is_available() and not options.rehearse:
@@ -225,7 +250,7 @@ def main() -> int:
         if stopped:
             print(f"stopped after {options.seconds} s, before {case.op} {case.name}")
             break
-        found = measure(case, options.rehearse, limits)
+        found = measure(case, options.rehearse, limits, options.tune)
         records += found
         print(*map(line, found), sep="\n", flush=True)
         torch._dynamo.reset()  # one compiled peer a case: no recompilation limit, no guards to walk
