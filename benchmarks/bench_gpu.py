@@ -1,7 +1,7 @@
 """Every op on a GPU: the CUDA and Triton kernels beside what torch users have, each time behind a check against fp64.
 
     python benchmarks/bench_gpu.py [--op attention decode varlen rotary norm softmax ffn] [--json FILE] [--seconds N]
-    python benchmarks/bench_gpu.py --op ffn --tune       # the tiles and plans of each launch first, kept as autotune does
+    python benchmarks/bench_gpu.py --op ffn --tune       # first the tiles and plans of each launch, by autotune
     python benchmarks/bench_gpu.py --rehearse            # tiny sizes, a CPU will do: does every case run?
 
 Times are medians with the 20th and 80th percentile over runs with a cold L2 cache (triton.testing.do_bench). The
