@@ -264,6 +264,27 @@ def test_smollm2_saved_in_shards_is_read_by_transformers(smollm2: tuple[Any, Any
 
 
 @pytest.mark.slow
+def test_smollm2_beams_equal_transformers(smollm2: tuple[Any, Any, Any]) -> None:
+    model, tokenizer, theirs = smollm2
+    batch = tokenizer(["The lighthouse stood", "Once, on a small island in the north, there was"], padding_side="left")
+    knobs = {"num_beams": 3, "num_return_sequences": 2, "no_repeat_ngram_size": 3, "max_new_tokens": 16}
+    knobs |= {"length_penalty": 0.6, "pad_token_id": 2}
+    assert torch.equal(model.generate(**batch, **knobs), theirs.generate(**batch, do_sample=False, **knobs))
+
+
+@pytest.mark.slow
+def test_smollm2_guesses_change_no_text(smollm2: tuple[Any, Any, Any]) -> None:
+    model, tokenizer, _ = smollm2
+    batch = tokenizer(
+        ["one two three four five one two three", "A list: 1, 2, 3, 4, 5, 6, 1, 2, 3,"], padding_side="left"
+    )
+    plain = model.generate(**batch, max_new_tokens=32)
+    assert torch.equal(model.generate(**batch, max_new_tokens=32, prompt_lookup_num_tokens=6), plain)
+    steps = model.stream(**batch, max_new_tokens=32, prompt_lookup_num_tokens=6)
+    assert torch.equal(torch.stack(list(steps), 1), plain[:, batch["input_ids"].shape[1] :])
+
+
+@pytest.mark.slow
 def test_smollm2_greedy_text_equals_transformers(smollm2: tuple[Any, Any, Any]) -> None:
     model, tokenizer, theirs = smollm2
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Tell me a short story about a lighthouse."}])
