@@ -166,6 +166,8 @@ def test_classes_are_read_from_the_last_token(tmp_path: Path, family: str) -> No
     assert_close(ours(ends).logits, theirs(ends).logits)
     nothing = torch.zeros(1, 3, dtype=torch.long)  # nothing but padding ids, all of them tokens: the last one
     assert torch.equal(ours(nothing).logits, ours(nothing, torch.ones(1, 3, dtype=torch.long)).logits)
+    with pytest.raises(ArgumentError, match=r"at least one token a row, got shape \(2, 0\)"):
+        ours(ids[:2, :0])
     ours.config = TransformerConfig.from_dict({**ours.config.to_dict(), "pad_token_id": None})
     whole = ours.classifier(ours.body(ids).last_hidden_state)
     assert torch.equal(ours(ids).logits, whole[:, -1])

@@ -80,6 +80,8 @@ def test_left_padding_changes_nothing(tmp_path: Path, family: str) -> None:
     theirs = model_of(family, "sequence-classification", LABELS["sequence-classification"])
     ours = loaded(theirs, tmp_path)
     batch = padded_batch(theirs.config, "-ll")
+    with pytest.raises(ArgumentError, match=r"at least one token a row, got shape \(3, 0\)"):
+        ours(batch["input_ids"][:, :0])
     got = ours(**batch, output_hidden_states=True)
     for row, tokens in enumerate(batch["attention_mask"].bool()):
         alone = batch["input_ids"][row][tokens][None]

@@ -9,7 +9,7 @@ from transfuse.errors import ConfigError
 from transfuse.models.blocks import BlockInputs
 from transfuse.models.config import TransformerConfig
 from transfuse.models.outputs import ModelOutput
-from transfuse.models.stack import Stack
+from transfuse.models.stack import Stack, check_not_empty
 
 
 class Encoder(Stack):
@@ -91,6 +91,7 @@ class Encoder(Stack):
 
 def _first(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """(batch, hidden_size): each row's first token of x (batch, length, hidden_size); mask: (batch, 1, 1, length)."""
+    check_not_empty(x)
     if mask is None:
         return x[:, 0]
     return x[torch.arange(x.shape[0], device=x.device), mask[:, 0, 0].int().argmax(1)]

@@ -123,6 +123,12 @@ def check_ids(name: str, ids: torch.Tensor, table: torch.Tensor) -> None:
         raise DeviceError(f"{name}: must be on {table.device} like the model, got {ids.device}; move it there")
 
 
+def check_not_empty(x: torch.Tensor) -> None:
+    """One token of each row is to be read: x (batch, length, ...) has some."""
+    if x.shape[1] == 0:
+        raise ArgumentError(f"input_ids: expected at least one token a row, got shape {tuple(x.shape[:2])}")
+
+
 def _check_like(name: str, x: torch.Tensor, ids: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> None:
     """Numbers that go with token ids: integers of one of these shapes, where the ids are."""
     wanted = " or ".join(str(s) for s in dict.fromkeys(shapes))

@@ -16,6 +16,7 @@ from transfuse.models.encoder import Encoder
 from transfuse.models.heads import MaskedLMHead
 from transfuse.models.outputs import ModelOutput, last_hidden
 from transfuse.models.seq2seq import Seq2SeqBody
+from transfuse.models.stack import check_not_empty
 
 
 class ModelWithHead(TransformerModel):
@@ -298,6 +299,7 @@ def _last_end(states: torch.Tensor, ids: torch.Tensor, eos: int | tuple[int, ...
 
 def _last_tokens(ids: torch.Tensor, mask: torch.Tensor | None, pad_token_id: int | None) -> torch.Tensor:
     """(batch,): where each row's last token is that is neither masked nor, if the row has another one, padding."""
+    check_not_empty(ids)
     tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if pad_token_id is not None:
         others = tokens & (ids != pad_token_id)
