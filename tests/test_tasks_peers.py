@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +203,116 @@ def test_answer(tmp_path: Path, vocabulary: Path, top_k: int, longest: int, no_a
             assert [(a.start, a.end, a.text) for a in answers] == [(a["start"], a["end"], a["answer"]) for a in theirs]
             scores = torch.tensor([a["score"] for a in theirs])
             torch.testing.assert_close(torch.tensor([a.score for a in answers]), scores, **CLOSE)
+
+
+SPM_TEXT = [
+    "The quick brown fox jumps over the lazy dog, doesn't it?",
+    "Ein schneller Fuchs springt über den faulen Hund.",
+]
+
+
+def test_marian_translates_as_in_transformers(tmp_path: Path) -> None:
+    """Two vocabularies, beams, a bad word and a forced end, all from the checkpoint's files."""
+    spm = pytest.importorskip("sentencepiece")
+    pieces: dict[str, int] = {"</s>": 0, "<unk>": 1}
+    for name, text in zip(("source.spm", "target.spm"), SPM_TEXT, strict=True):
+        written = io.BytesIO()
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter([text] * 20), model_writer=written, vocab_size=60, hard_vocab_limit=False,
+            minloglevel=2, bos_id=-1, eos_id=0, unk_id=1,
+        )  # fmt: skip
+        (tmp_path / name).write_bytes(written.getvalue())
+        model = spm.SentencePieceProcessor(model_proto=written.getvalue())
+        for i in range(model.vocab_size()):
+            pieces.setdefault(model.id_to_piece(i), len(pieces))
+    pieces["<pad>"] = len(pieces)
+    (tmp_path / "vocab.json").write_text(json.dumps(pieces))
+    (tmp_path / "tokenizer_config.json").write_text('{"source_lang": "en", "target_lang": "de"}')
+    pad = pieces["<pad>"]
+    torch.manual_seed(5)
+    config = transformers.MarianConfig(
+        vocab_size=len(pieces), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, init_std=0.5,
+        pad_token_id=pad, eos_token_id=0, decoder_start_token_id=pad, forced_eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    theirs = transformers.MarianMTModel(config).eval()
+    theirs.generation_config.update(num_beams=3, max_length=12, bad_words_ids=[[pad]], forced_eos_token_id=0)
+    theirs.save_pretrained(tmp_path)
+    tokenizer = transformers.MarianTokenizer.from_pretrained(str(tmp_path))
+    texts = ["The quick fox.", "the lazy dog jumps over it, doesn't it?", "a"]
+    expected = []
+    for text in texts:
+        ids = theirs.generate(**tokenizer(text, return_tensors="pt"))[0]
+        expected.append(tokenizer.decode(ids, skip_special_tokens=True))
+    assert len(set(expected)) > 1
+    for batch_size in (1, 3):
+        assert tasks.translate(*ours(tmp_path), texts, batch_size=batch_size) == expected
+
+
+def test_t5_translates_and_summarizes_by_its_prefixes(tmp_path: Path, vocabulary: Path) -> None:
+    spm = pytest.importorskip("sentencepiece")
+    written = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter([*SPM_TEXT, "translate English to German: summarize:"] * 20), model_writer=written,
+        vocab_size=110, hard_vocab_limit=False, minloglevel=2, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    )  # fmt: skip
+    (tmp_path / "spiece.model").write_bytes(written.getvalue())
+    torch.manual_seed(2)
+    params = {
+        "translation_en_to_de": {"prefix": "translate English to German: ", "num_beams": 2, "max_length": 9},
+        "summarization": {"prefix": "summarize: ", "max_length": 14, "min_length": 6, "no_repeat_ngram_size": 2},
+    }
+    config = transformers.T5Config(
+        vocab_size=256, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, initializer_factor=2.0,
+        decoder_start_token_id=0, task_specific_params=params,
+    )  # fmt: skip
+    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, tokenizer = ours(tmp_path)
+
+    def expected(text: str, params: dict[str, Any]) -> str:
+        knobs = {name: value for name, value in params.items() if name != "prefix"}
+        ids = torch.tensor([tokenizer.encode(params["prefix"] + text)])
+        return tokenizer.decode(theirs.generate(ids, do_sample=False, **knobs)[0])
+
+    texts = ["The quick fox.", "the lazy dog jumps"]
+    german = tasks.translate(model, tokenizer, texts, source="en", target="de")
+    assert german == [expected(text, params["translation_en_to_de"]) for text in texts]
+    short = tasks.summarize(model, tokenizer, texts)
+    assert short == [expected(text, params["summarization"]) for text in texts]
+    model.save_pretrained(tmp_path / "again")
+    again = transfuse.from_pretrained(tmp_path / "again")
+    assert tasks.summarize(again, tokenizer, texts) == short
+
+
+def test_classify_with_an_encoder_decoder_and_a_decoder(tmp_path: Path, vocabulary: Path) -> None:
+    tokenizer = transformers.BertTokenizerFast(str(vocabulary / "vocab.txt"), model_max_length=64)
+    size, ids = len(tokenizer), {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    torch.manual_seed(4)
+    models = [
+        transformers.BartForSequenceClassification(
+            transformers.BartConfig(
+                vocab_size=size, d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=3,
+                decoder_attention_heads=3, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64,
+                num_labels=3, init_std=0.5, decoder_start_token_id=3, forced_eos_token_id=None, **ids,
+            )
+        ),
+        transformers.GPT2ForSequenceClassification(
+            transformers.GPT2Config(vocab_size=size, n_embd=24, n_layer=2, n_head=3, n_positions=64, num_labels=3,
+                                    initializer_range=0.4, **ids)
+        ),
+    ]  # fmt: skip
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    for i, model in enumerate(models):
+        folder = tmp_path / str(i)
+        model.eval().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if i == 1:  # GPT-2 would take types for tokens; an encoder-decoder is given none whatever the files say
+            settings = json.loads((folder / "tokenizer_config.json").read_text())
+            settings["model_input_names"] = tokenizer.model_input_names
+            (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        expected = pipeline("text-classification", (model, tokenizer), top_k=None)(TEXTS)
+        got = tasks.classify(*ours(folder), TEXTS, top_k=None, batch_size=3)
+        assert [[label.label for label in row] for row in got] == [[e["label"] for e in row] for row in expected]
+        scores = torch.tensor([[e["score"] for e in row] for row in expected])
+        torch.testing.assert_close(torch.tensor([[label.score for label in row] for row in got]), scores, **CLOSE)

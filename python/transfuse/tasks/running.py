@@ -12,6 +12,7 @@ from transfuse.errors import ArgumentError, CheckpointError
 from transfuse.generation.decode import evaluating
 from transfuse.generation.prompt import counts_positions
 from transfuse.models.outputs import ModelOutput
+from transfuse.models.stack import Stack
 from transfuse.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def run(
     with evaluating(model):
         for chosen in batches([len(e.ids) for e in encodings], batch_size, task, progress):
             batch = tokenizer.pad([encodings[i] for i in chosen], padding_side="right", device=model.device)
+            if model.config.is_encoder_decoder and not isinstance(model, Stack):
+                batch.pop("token_type_ids", None)  # which BERT's tokenizer gives whatever the model is
             yield chosen, batch, model(**batch)
 
 
