@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(BLOCK_M * 2) attention_weights_kernel(const We
   device::cp_async_wait<0>();
   __syncthreads();
   float s[kTiles][4] = {};
-  multiply_rows<T, D>(s, q_smem, k_smem);
+  multiply_rows<T, D, 2>(s, q_smem, k_smem);
 
   const float slope = p.slopes.data ? *p.slopes.at<float>(at.b, at.h) : 0.0f;
 #pragma unroll
@@ -52,20 +52,18 @@ __global__ void __launch_bounds__(BLOCK_M * 2) attention_weights_kernel(const We
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int j = j_low + column_of(n, 0);
-      float weight[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
+      const auto weight = [&](int e) {
+        if (!in_window(p, at, i, j + e)) return 0.0f;
         const float dot = s[n][2 * r + e];
         const float score = p.rich ? rich_score<T>(p, at, dot, i, j + e, slope).s : dot * (p.scale * kLog2e);
-        weight[e] = in_window(p, at, i, j + e) ? exp2f(score - base) : 0.0f;
-      }
+        return exp2f(score - base);
+      };
+      const float low = weight(0), high = weight(1);
       if (p.pairs && j + 1 < at.k_rows) {
-        store_two(to + j, weight[0], weight[1]);
+        store_two(to + j, low, high);
       } else {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (j + e < at.k_rows) to[j + e] = device::from_float<T>(weight[e]);
-        }
+        if (j < at.k_rows) to[j] = device::from_float<T>(low);
+        if (j + 1 < at.k_rows) to[j + 1] = device::from_float<T>(high);
       }
     }
   }
