@@ -68,7 +68,7 @@ def test_every_tile(dtype, layout, plan, device, force, poisoned):
     # Ten rows of the smallest tiles are more than one group of them; K ends within a step, N within 16 bytes.
     for M, N, K in ((147 if plan.tile == 2 else 136, 133, 83), (16, 8, 200)):
         tensors = matrices(layout, M, N, K, dtype, device)
-        assert cuda_product._operands(*tensors.values(), None, None)[0] == layout
+        assert cuda_product._layout(*tensors.values()) == layout
         check(cuda_product.matmul, plain_product, tensors)
 
 
@@ -97,9 +97,9 @@ def test_infinities(plan, device, force):
 
 def test_a_view_of_an_aligned_tensor_is_not_copied(device):
     wide = torch.randn(6, 64, device=device)
-    assert cuda_product._stored(wide[:, :21]).data_ptr() == wide.data_ptr()
+    assert cuda_product.aligned(wide[:, :21]).data_ptr() == wide.data_ptr()
     for copied in (wide[:, 1:], wide.T, wide[:, ::2], torch.randn(6, 21, device=device)):
-        stored = cuda_product._stored(copied)
+        stored = cuda_product.aligned(copied)
         assert torch.equal(stored, copied)
         assert cuda_product.fits(stored)
 

@@ -55,30 +55,31 @@ def product(
         With ``sums`` (backward alone) du summed over its rows, (N,) in a's dtype.
     """
     (M, K), N = a.shape, b.shape[1]
-    layout, *operands = _operands(a, b, b_gate, None)
+    layout = _layout(a, b, b_gate)
     kind = "gated" if b_gate is not None else "backward" if backward else "end"
-    found: list[torch.Tensor | None] = []
+    total: torch.Tensor | None = None
 
     def end(c: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor | None:
         return combine(c, g, ends, activation=activation, backward=backward, dropout_p=dropout_p, sums=sums)
 
     def run(plan: Plan) -> None:
+        nonlocal total
         if plan.tile == CUBLAS:
-            c, g = (a @ b)[None], None if b_gate is None else (a @ b_gate)[None]
-            found.append(end(c, g))
-        elif plan.splits > 1:
+            total = end((a @ b)[None], None if b_gate is None else (a @ b_gate)[None])
+            return
+        operands = _stored(layout, a, b, b_gate)
+        if plan.splits > 1:
             partials = padded(a, M, N, parts=plan.splits * (1 if b_gate is None else 2), dtype=torch.float32)
             _launch(layout, plan, operands, partials, Ends())
-            g = None if b_gate is None else partials[plan.splits :]
-            found.append(end(partials[: plan.splits], g))
-        else:
-            block_m = cuda_plans.tiles(a.dtype)[plan.tile][0]
-            room = ends._replace(sums=_room_for_sums(a, M, N, block_m)) if sums else ends
-            _launch(layout, plan, operands, None, room, activation, backward, dropout_p)
-            found.append(_total(room.sums, a))
+            total = end(partials[: plan.splits], None if b_gate is None else partials[plan.splits :])
+            return
+        block_m = cuda_plans.tiles(a.dtype)[plan.tile][0]
+        room = ends._replace(sums=_room_for_sums(a, M, N, block_m)) if sums else ends
+        _launch(layout, plan, operands, None, room, activation, backward, dropout_p)
+        total = _total(room.sums, a)
 
     _planned(kind, layout, M, N, K, a, run)
-    return found[-1]
+    return total
 
 
 def matmul(
@@ -89,16 +90,17 @@ def matmul(
 ) -> torch.Tensor:
     """``a @ b + bias``, or a @ b plus the second pair's product; (M, N), contiguous."""
     (M, K), N = a.shape, b.shape[1]
-    layout, *operands = _operands(a, b, None, second)
-    found: list[torch.Tensor] = []
+    layout = INPUT if second is not None else _layout(a, b)
+    out = a
 
     def run(plan: Plan) -> None:
+        nonlocal out
         if plan.tile == CUBLAS:
             out = a @ b if bias is None else torch.addmm(bias, a, b)
-            found.append(out if second is None else out.addmm_(*second))
+            out = out if second is None else out.addmm_(*second)
             return
         out = a.new_empty(M, N)
-        found.append(out)
+        operands = _stored(layout, a, b, None, second)
         if plan.splits == 1:
             _launch(layout, plan, operands, None, Ends(out=out, bias=bias))
             return
@@ -107,7 +109,7 @@ def matmul(
         combine(partials, None, Ends(out=out, bias=bias))
 
     _planned("plain", layout, M, N, K if second is None else 2 * K, a, run)
-    return found[-1]
+    return out
 
 
 def combine(
@@ -158,26 +160,32 @@ def fits(t: torch.Tensor) -> bool:
     return (t.shape[1] == 1 or t.stride(1) == 1) and rows_fit and t.data_ptr() % 16 == 0
 
 
-def _stored(t: torch.Tensor) -> torch.Tensor:
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """The matrix itself where it fits, or a copy that does."""
     return t if fits(t) else padded(t, *t.shape).copy_(t)
 
 
-def _operands(
-    a: torch.Tensor,  # (M, K)
-    b: torch.Tensor,  # (K, N)
-    b_gate: torch.Tensor | None,  # (K, N)
-    second: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """(layout, a, b, b_gate, a2, b2) as the kernel reads them: the tensors themselves where they lie so, or copies."""
-    if b_gate is not None:
-        return FORWARD, _stored(a), _stored(b.T), _stored(b_gate.T), None, None
-    if second is not None:
-        return INPUT, _stored(a), _stored(b), None, _stored(second[0]), _stored(second[1])
-    if a.stride(0) == 1 and a.stride(1) != 1 and b.stride(1) == 1:
-        return WEIGHT, _stored(a.T), _stored(b), None, None, None
-    if b.stride(0) == 1 and not fits(b):
-        return FORWARD, _stored(a), _stored(b.T), None, None, None
-    return INPUT, _stored(a), _stored(b), None, None, None
+def _layout(a: torch.Tensor, b: torch.Tensor, b_gate: torch.Tensor | None = None) -> int:
+    """How a (M, K) and b (K, N) lie, or which is nearest; gated products are x w^T."""
+    if a.stride(0) == 1 and a.stride(1) != 1 and b.stride(1) == 1 and b_gate is None:
+        return WEIGHT
+    return FORWARD if b_gate is not None or (b.stride(0) == 1 and not fits(b)) else INPUT
+
+
+def _stored(
+    layout: int,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    b_gate: torch.Tensor | None = None,
+    second: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> list[torch.Tensor | None]:
+    """a, b, b_gate, a2, b2 as the kernel reads them; a second pair comes in the layout INPUT alone."""
+    a2, b2 = second or (None, None)
+    if layout == WEIGHT:
+        a = a.T
+    if layout == FORWARD:
+        b, b_gate = b.T, None if b_gate is None else b_gate.T
+    return [None if t is None else aligned(t) for t in (a, b, b_gate, a2, b2)]
 
 
 def _planned(kind: str, layout: int, M: int, N: int, K: int, like: torch.Tensor, run: Callable[[Plan], None]) -> None:
@@ -199,7 +207,7 @@ def _launch(
     backward: bool = False,
     dropout_p: float = 0.0,
 ) -> None:
-    """One launch of the product; operands: a, b, b_gate, a2, b2 as :func:`_operands` gives them."""
+    """One launch of the product; operands: a, b, b_gate, a2, b2 as :func:`_stored` gives them."""
     assert operands[0] is not None
     device = operands[0].device
     tensors = map(_extension.view, (*operands, partials, *ends))
