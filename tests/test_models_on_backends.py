@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from attention_cases import quick_interpreted
 from model_cases import make_config
 from transfuse import Decoder, Encoder, Seq2Seq, use_backend
 
@@ -22,6 +23,7 @@ def kernels(backend):
     return backend
 
 
+@quick_interpreted(lambda p: p["backend"] == "cuda" or p["case"] == "llama")
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_decoder_generates_the_same_text(case, kernels, device):
     model = Decoder(make_config("decoder", num_layers=1, **CONFIGS[case])).eval().to(device)
@@ -34,6 +36,7 @@ def test_a_decoder_generates_the_same_text(case, kernels, device):
         assert torch.equal(model.generate(ids, **options), expected)
 
 
+@quick_interpreted(lambda p: p["backend"] == "cuda" or p["architecture"] == "decoder")
 @pytest.mark.parametrize("architecture", ["encoder", "decoder", "encoder_decoder"])
 def test_a_step_of_training_gives_the_same_gradients(architecture, kernels, device):
     build = {"encoder": Encoder, "decoder": Decoder, "encoder_decoder": Seq2Seq}[architecture]
