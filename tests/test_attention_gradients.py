@@ -233,6 +233,24 @@ def test_rows_of_a_cache_filled_to_any_length(feature, backend, device, poisoned
     judged("attention_decode", (q, k, v), (lengths,), variant, grad_outputs, device, backend)
 
 
+def test_a_cache_length_beyond_its_room_reads_nothing_there(backend, device):
+    # on a GPU lengths are not checked, since the host would have to wait for them
+    variant = Variant(scale=0.25, right=0, first=None)
+    q, k, v = torch.randn(2, 2, 3, 16), torch.randn(2, 1, 35, 16), torch.randn(2, 1, 35, 16)
+    dout, dlse = torch.randn(2, 2, 3, 16), torch.zeros(2, 2, 3)
+    tensors = [t.to(device) for t in (q, k, v)]
+
+    def run(lengths):
+        op, lengths = torch.ops.transfuse, torch.tensor(lengths, device=device)
+        out, lse = op.attention_decode(*tensors, lengths, *variant, None, backend)
+        inputs = (dout.to(device), dlse.to(device), *tensors, out, lse, lengths)
+        grads = op.attention_decode_backward(*inputs, *variant, None, [False] * 3, backend)
+        return out, lse, *grads[:3]
+
+    for got, expected in zip(run([-3, 99]), run([0, 35]), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_gradients_repeat_bitwise(short_runs, backend, device):
     bias = torch.randn(2, 1, 1, 37, device=device)
     variant = Variant(bias=bias, alibi_slopes=torch.rand(2, device=device), sinks=torch.randn(2, device=device))
