@@ -163,7 +163,13 @@ def test_beams_enough_for_all_texts_find_the_best(architecture):
 @pytest.mark.parametrize("architecture", ["decoder", "encoder_decoder"])
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"no_repeat_ngram_size": 2, "length_penalty": 0.0}, {"early_stopping": True, "min_length": 8}],
+    [
+        {},
+        {"no_repeat_ngram_size": 2, "length_penalty": 0.0},
+        {"early_stopping": True, "min_length": 8, "eos_token_id": range(40)},
+        {"encoder_no_repeat_ngram_size": 1, "eos_token_id": range(20)},
+        {"encoder_no_repeat_ngram_size": 1, "eos_token_id": range(20), "num_beams": 1, "num_return_sequences": 1},
+    ],
     ids=words,
 )
 def test_a_batch_equals_its_prompts_alone(architecture, knobs):
@@ -171,12 +177,12 @@ def test_a_batch_equals_its_prompts_alone(architecture, knobs):
     family = "llama" if architecture == "decoder" else "t5"
     model, lengths = pair(family)[0], [6, 3, 1, 5, 2]
     ids, mask = prompts(lengths, family)
-    knobs = {**knobs, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": EOS, "max_new_tokens": 12}
+    knobs = {"num_beams": 3, "num_return_sequences": 2, "eos_token_id": EOS, "max_new_tokens": 12, **knobs}
     together = model.generate(ids, mask, **knobs, pad_token_id=0)
     for row, n in enumerate(lengths):
         alone = model.generate(ids[row : row + 1, mask[row].bool()], **knobs, pad_token_id=0)
         skip = (6, n) if family == "llama" else (0, 0)
-        new, got = alone[:, skip[1] :], together[2 * row : 2 * row + 2, skip[0] :]
+        new, got = alone[:, skip[1] :], together[row * len(alone) : (row + 1) * len(alone), skip[0] :]
         assert torch.equal(got[:, : new.shape[1]], new)
         assert got[:, new.shape[1] :].eq(0).all()
 

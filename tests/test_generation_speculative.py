@@ -19,7 +19,7 @@ KNOBS = [
     {"no_repeat_ngram_size": 3, "repetition_penalty": 1.2},
     {"eos_token_id": EOS, "min_new_tokens": 4},
     {"do_sample": True, "top_k": 8, "num_return_sequences": 2, "eos_token_id": EOS},
-    {"do_sample": True, "temperature": 0.4, "forced_eos_token_id": 3},
+    {"temperature": 0.1, "num_return_sequences": 2, "eos_token_id": range(15), "forced_eos_token_id": 3},
 ]
 
 
