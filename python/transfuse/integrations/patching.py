@@ -74,7 +74,14 @@ def patch(model: nn.Module) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undoes :func:`patch`: every module computes what it did before, bit for bit. A model never patched stays."""
+    """Undoes :func:`patch`: every module computes what it did before, bit for bit. A model never patched stays.
+
+    >>> model = nn.Sequential(nn.RMSNorm(8))
+    >>> _ = patch(model)
+    >>> unpatch(model)
+    >>> type(model[0]) is nn.RMSNorm
+    True
+    """
     record = vars(model).pop(_RECORD, None)
     if record is not None:
         _undo(record)
