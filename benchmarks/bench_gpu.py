@@ -39,7 +39,7 @@ def cases(ops: list[str], device: torch.device, dtype: torch.dtype, tiny: bool) 
     lengths = [16, 32] if tiny else [512, 1024, 2048, 4096, 8192, 16384]
     made: dict[str, Callable[[], Iterator[Case]]] = {
         "attention": lambda: gpu_cases.attention(device, dtype, 32 if tiny else 16384, 128 if tiny else 2048, lengths),
-        "decode": lambda: gpu_cases.decode(device, dtype, [40] if tiny else [512, 4096, 32768]),
+        "decode": lambda: gpu_cases.decode(device, dtype, [40] if tiny else [512, 2048, 8192, 32768]),
         "varlen": lambda: gpu_cases.varlen(device, dtype, 64 if tiny else 16384),
         "rotary": lambda: gpu_cases.rotary(device, dtype, [1, 3] if tiny else [1, 4096]),
         "norm": lambda: gpu_cases.norms(

@@ -482,8 +482,7 @@ def test_autocast_computes_in_its_dtype():
     bias = torch.randn(37, 53)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, lse = attention(q, k, v, bias=bias, softcap=2.0, return_lse=True)
-        weights = attention_weights(q, k, lse, bias=bias, softcap=2.0)
-    assert (out.dtype, lse.dtype, weights.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     expected = attention(*(t.bfloat16() for t in (q, k, v)), bias=bias, softcap=2.0, return_lse=True)
     assert torch.equal(out, expected[0])
     assert torch.equal(lse, expected[1])

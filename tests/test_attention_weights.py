@@ -60,3 +60,10 @@ def test_weights_times_values_are_the_output():
     torch.testing.assert_close(weights @ tensors["v"].repeat_interleave(2, 1), out)
     assert (weights.sum(-1) < 1).all()  # the sink has its share
     assert weights[:, :, 11 // 2].eq(0).all()
+
+
+def test_autocast_computes_weights_in_its_dtype():
+    q, k, v = inputs(Shape(1, 4, 2, 37, 53, 64, 64), torch.float32).values()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        weights = attention_weights(q, k, attention(q, k, v, return_lse=True)[1])
+    assert weights.dtype == torch.bfloat16
