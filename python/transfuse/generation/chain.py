@@ -48,8 +48,8 @@ class Chain:
         if s.forced_bos_token_id is not None:
             bos = torch.tensor([s.forced_bos_token_id], device=device)
             add(partial(_force_first, token_ids=bos))
-        if s.forced_eos_token_id is not None:
-            last = torch.tensor(several(s.forced_eos_token_id), device=device)
+        if forced := several(s.forced_eos_token_id):
+            last = torch.tensor(forced, device=device)
             longest = prompt_length + budget - 1
             add(lambda scores, tokens: p.force(scores, last) if tokens.shape[1] == longest else scores)
         if s.samples:

@@ -228,15 +228,18 @@ class GenerationConfig:
     def _check_ids(self) -> None:
         for name in ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            for i in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
-                _id(name, i)
+            if value is not None:
+                for i in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+                    _id(name, i)
         words: Any = self.bad_words_ids
         if not isinstance(words, tuple) or not all(isinstance(word, (list, tuple)) and word for word in words):
             raise ArgumentError(f"generate: bad_words_ids must be a list of lists of token ids, got {words!r}")
         for word in words:
             for i in word:
-                _id("bad_words_ids", "None" if i is None else i)
-        if any(not isinstance(text, str) or not text for text in self.stop_strings):
+                _id("bad_words_ids", i)
+        if not isinstance(self.stop_strings, Sequence) or any(
+            not isinstance(text, str) or not text for text in self.stop_strings
+        ):
             raise ArgumentError(
                 f"generate: stop_strings must be texts of at least a character, got {self.stop_strings}"
             )
@@ -280,5 +283,5 @@ def _within(name: str, value: Any, words: str, test: Callable[[float], bool]) ->
 
 
 def _id(name: str, value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ArgumentError(f"generate: {name} must be a token id of at least 0, got {value!r}")
