@@ -484,8 +484,7 @@ def test_autocast_computes_in_its_dtype():
         out, lse = attention(q, k, v, bias=bias, softcap=2.0, return_lse=True)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     expected = attention(*(t.bfloat16() for t in (q, k, v)), bias=bias, softcap=2.0, return_lse=True)
-    assert torch.equal(out, expected[0])
-    assert torch.equal(lse, expected[1])
+    assert all(map(torch.equal, (out, lse), expected))
     out.sum().backward()
     assert q.grad.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
