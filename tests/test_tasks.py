@@ -162,6 +162,16 @@ def test_generate_stops_at_the_end(decoder, tokenizer, monkeypatch):
     assert tasks.generate(decoder, tokenizer, "x", max_new_tokens=50) == ["naïve, 日本"]
 
 
+@pytest.mark.parametrize("ends", [{}, {"eos_token_id": 258}], ids=["tokenizer", "config"])
+def test_nothing_is_written_after_the_end(ends, tokenizer, monkeypatch):
+    model = transfuse.Decoder(config("decoder", **ends)).eval()
+    script(model, "end", monkeypatch)
+    forward, calls = model.forward, []
+    monkeypatch.setattr(model, "forward", lambda *a, **kw: (calls.append(1), forward(*a, **kw))[1])
+    assert tasks.generate(model, tokenizer, "x", max_new_tokens=50) == ["end"]
+    assert len(calls) == 4
+
+
 def test_several_samples_a_prompt(decoder, tokenizer):
     draw = lambda: tasks.generate(  # noqa: E731
         decoder, tokenizer, ["a", "b"], max_new_tokens=9, temperature=1.0, num_return_sequences=3,
@@ -292,6 +302,15 @@ def test_entities_of_a_text_longer_than_the_model_takes(tokenizer):
         assert [[e.start, e.end] for e in found[0]] == expected
         assert {e.label for e in found[0]} == {"VOWEL"}
         assert found[1] == []
+
+
+def test_of_two_windows_the_one_that_shows_more_decides(tokenizer):
+    windows = tokenizer.windows("abcdefghij", max_length=8, stride=4)[0]  # <s> and </s> stand in each
+    assert [w.offsets[1][0] for w in windows] == [0, 2, 4]
+    best = [([0.5] * 8, [n] * 8) for n in range(3)]  # each window gives its number
+    tokens = tasks.classification._tokens("abcdefghij", windows, best, ["0", "1", "2"])
+    assert "".join(token.label for token in tokens) == "0000112222"
+    assert "".join(token.text for token in tokens) == "abcdefghij"
 
 
 def test_an_answer_is_found_wherever_it_stands_in_a_long_context(tokenizer):
