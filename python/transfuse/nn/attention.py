@@ -128,7 +128,7 @@ class Attention(nn.Module):
             )
         q, k, v = self._cross_qkv(x, context, cache) if self.cross else self._self_qkv(x, rotary, cache)
         # Rows that share a source (beams) are so many more queries on its keys.
-        shared = q.shape[0] // k.shape[0] if self.cross and cache is not None and k.shape[0] else 1
+        shared = q.shape[0] // k.shape[0] if self.cross and context is None and k.shape[0] else 1
         if shared > 1:
             q = q.unflatten(0, (-1, shared)).transpose(1, 2).flatten(2, 3)
         causal: bool | str = False
