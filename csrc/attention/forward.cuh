@@ -167,7 +167,7 @@ class Forward {
 };
 
 template <typename T, int D, int DV, int BLOCK_M, int BLOCK_N, bool RICH>
-__global__ void __launch_bounds__(BLOCK_M * 2) attention_forward_kernel(const ForwardParams p) {
+__global__ void __launch_bounds__(BLOCK_M * 2, 1) attention_forward_kernel(const ForwardParams p) {
   const Place at(p, blockIdx.x / p.parts, BLOCK_M);
   if (at.i_low >= at.q_rows) return;  // of a short sequence
   Forward<T, D, DV, BLOCK_M, BLOCK_N, RICH>(p, at).run();
