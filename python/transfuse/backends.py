@@ -28,6 +28,8 @@ from transfuse.errors import BackendError
 NAMES = ("cuda", "triton", "torch", "reference")
 AUTOMATIC = ("cuda", "triton", "torch")
 """The automatic order; ``reference`` (the formulas, unfused) runs only when asked for."""
+OF_PRODUCTS = ("triton", "cuda", "torch")
+"""The order for ops of large products: Triton has Hopper's wgmma, the CUDA kernels have mma.sync; neither is timed."""
 
 _log = logging.getLogger("transfuse")
 _logged: set[tuple[str, str, str]] = set()

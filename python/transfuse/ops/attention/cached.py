@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 import torch
 
-from transfuse.backends import choose
+from transfuse.backends import OF_PRODUCTS, choose
 from transfuse.errors import ArgumentError, DtypeError
 from transfuse.ops import _philox, _validate
 from transfuse.ops.attention import arguments, reference, registration, torch_impl, torch_sequences
@@ -138,7 +138,7 @@ def attention_decode(
         lower_right=True,
     )
     name = choose(
-        op, q.device, backend, lambda b: registration.why_not(b, op, q, k_cache, v_cache, variant), registration.ORDER
+        op, q.device, backend, lambda b: registration.why_not(b, op, q, k_cache, v_cache, variant), OF_PRODUCTS
     )
     if name == "torch":
         out, lse = torch_sequences.attention_decode(q, k_cache, v_cache, cache_lengths, variant, return_lse)

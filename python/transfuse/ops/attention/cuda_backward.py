@@ -54,8 +54,9 @@ def attention_varlen_backward(
     """(dq, dk, dv, dbias, dalibi_slopes, dsinks), as in :func:`attention_backward`."""
     rows = Rows(max_q, max_k, cu_seqlens_q, cu_seqlens_k)
     dlse = None if dlse is None else dlse[None]
-    of_rows = (packed(t) for t in (q, k, v, out))
-    dq, dk, dv, *others = _backward(packed(dout), dlse, *of_rows, lse[None], variant, seed, want, rows)
+    dq, dk, dv, *others = _backward(
+        packed(dout), dlse, packed(q), packed(k), packed(v), packed(out), lse[None], variant, seed, want, rows
+    )
     return unpacked(dq), unpacked(dk), unpacked(dv), *others  # type: ignore[return-value]
 
 

@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 import torch
 
-from transfuse.backends import choose
+from transfuse.backends import OF_PRODUCTS, choose
 from transfuse.ops import _philox, _validate
 from transfuse.ops.attention import arguments, reference, registration, torch_impl
 from transfuse.ops.attention.variant import Variant
@@ -146,7 +146,7 @@ def attention(
         q.device,
         backend,
         lambda b: registration.why_not(b, "attention", q, k, v, variant),
-        registration.ORDER,
+        OF_PRODUCTS,
     )
     out, lse = _run(name, q, k, v, variant, return_lse)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
@@ -232,7 +232,7 @@ def attention_weights(
         dropout_p=0.0,
         deterministic=None,
     )
-    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k, k, variant), registration.ORDER)
+    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k, k, variant), OF_PRODUCTS)
     if name == "torch":
         return torch_impl.attention_weights(q, k, lse, variant)
     if name == "reference":

@@ -7,7 +7,7 @@ from typing import Literal, overload
 
 import torch
 
-from transfuse.backends import choose
+from transfuse.backends import OF_PRODUCTS, choose
 from transfuse.errors import ArgumentError, DtypeError
 from transfuse.ops import _philox, _validate
 from transfuse.ops.attention import arguments, reference, registration, torch_sequences
@@ -151,7 +151,7 @@ def attention_varlen(
         dropout_p=dropout_p,
         deterministic=deterministic,
     )
-    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k, v, variant), registration.ORDER)
+    name = choose(op, q.device, backend, lambda b: registration.why_not(b, op, q, k, v, variant), OF_PRODUCTS)
     where = (cu_seqlens_q, cu_seqlens_k, max_q, max_k)
     if name == "torch":
         out, lse = torch_sequences.attention_varlen(q, k, v, *where, variant, return_lse)

@@ -25,9 +25,6 @@ N = len(Variant._fields)
 
 _LARGEST_HEAD_DIM = 256  # of the kernels
 
-ORDER = ("triton", "cuda", "torch")
-"""The CUDA kernels wait to be timed beside Triton's: until then they run when asked for."""
-
 
 def implementation(backend: str) -> ModuleType:
     """The module that runs a kernel backend; imported on demand so that others never pay for it."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from transfuse.backends import choose
+from transfuse.backends import OF_PRODUCTS, choose
 from transfuse.errors import ArgumentError
 from transfuse.ops import _autocast, _registry, _validate
 from transfuse.ops._philox import draw_seed
@@ -64,7 +64,7 @@ def ffn(
     tensor([128., 128., 128., 128.])
     """
     _check_ffn(x, w1, b1, w2, b2, activation, w_gate, dropout_p)
-    name = choose("ffn", x.device, backend, lambda k: _why_not(k, "ffn", x, w1, b1, w2, b2, w_gate))
+    name = choose("ffn", x.device, backend, lambda k: _why_not(k, "ffn", x, w1, b1, w2, b2, w_gate), OF_PRODUCTS)
     if name == "torch":
         return torch_impl.ffn(x, w1, b1, w2, b2, activation, w_gate, dropout_p)
     if name == "reference":
@@ -103,7 +103,7 @@ def linear_act(
     """
     _check_linear("linear_act", x, "w", w, "b", b)
     _check_activation("linear_act", activation)
-    name = choose("linear_act", x.device, backend, lambda k: _why_not(k, "linear_act", x, w, b))
+    name = choose("linear_act", x.device, backend, lambda k: _why_not(k, "linear_act", x, w, b), OF_PRODUCTS)
     if name in ("torch", "reference"):
         return (torch_impl if name == "torch" else reference).linear_act(x, w, b, activation)
     x, w, b = _cast(x, w, b)
