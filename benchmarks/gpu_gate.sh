@@ -106,9 +106,11 @@ tests/test_ffn_cuda.py:not nothing
 tests/test_rotary.py:$both
 tests/test_attention.py:cuda;triton and float32;triton and bfloat16;triton and float16 and not bfloat16;triton and not float
 tests/test_attention_varlen.py:cuda;triton and float32;triton and not float32
-tests/test_attention_decode.py:triton and float32;triton and not float32
+tests/test_attention_decode.py:cuda;triton and float32;triton and not float32
+tests/test_attention_weights.py:$both
 tests/test_attention_splits.py:not nothing
-tests/test_attention_triton_gradients.py:not nothing
+tests/test_attention_gradients.py:cuda;triton
+tests/test_cuda_shapes.py:not nothing
 LIST
     for i in "${!pids[@]}"; do
         wait "${pids[$i]}"
