@@ -28,7 +28,7 @@ pytestmark = [
 # Around the sizes of packs, warps and tiles.
 EDGES = [n + d for n in (8, 16, 32, 64, 128, 256) for d in (-1, 0, 1)]
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
-SLOW_EXAMPLES = 400
+SLOW_EXAMPLES = 200
 
 
 def for_all(slow: bool, quick: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
