@@ -179,10 +179,9 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[TILES][4], T* a_tile,
   }
 }
 
-// sum += P B [16, 8 OUT_TILES]: P [16, 8 TILES] an earlier product's accumulators, B the tile's columns from `column` on.
+// sum += P B [16, 8 OUT_TILES]: P [16, 8 TILES] an earlier product's accumulators, B the tile's first columns.
 template <typename T, int D, int TILES, int OUT_TILES>
-__device__ __forceinline__ void multiply_columns(float (&sum)[OUT_TILES][4], const float (&p)[TILES][4], T* b_tile,
-                                                 int column = 0) {
+__device__ __forceinline__ void multiply_columns(float (&sum)[OUT_TILES][4], const float (&p)[TILES][4], T* b_tile) {
 #pragma unroll
   for (int j = 0; j < 8 * TILES / kStep<T>; ++j) {
     uint32_t a[4];
@@ -190,7 +189,7 @@ __device__ __forceinline__ void multiply_columns(float (&sum)[OUT_TILES][4], con
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2) {
       uint32_t b[2][2];
-      load_b<T, D>(b, b_tile, j, column + n * 8);
+      load_b<T, D>(b, b_tile, j, n * 8);
       multiply<T>(sum[n], a, b[0]);
       multiply<T>(sum[n + 1], a, b[1]);
     }

@@ -126,7 +126,7 @@ def _bias_gradient(
     if rows.max_k == 0 or bias.numel() == 0:
         return _zeros(bias), None
     if bias.shape == (batch, heads, rows.max_q, rows.max_k):
-        unlimited = variant.left < 0 and variant.right < 0 and rows[2:] == (None, None, None)
+        unlimited = variant.left < 0 and variant.right < 0 and all(t is None for t in rows[2:])
         return (torch.empty_like(bias, memory_format=torch.contiguous_format) if unlimited else _zeros(bias)), None
     q_tiles, k_tiles = -(-rows.max_q // _TILE_M), -(-rows.max_k // _TILE_N)
     owners = (q_tiles if bias.shape[2] > 1 else 1) * (k_tiles if bias.shape[3] > 1 else 1)
