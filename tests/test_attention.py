@@ -303,7 +303,7 @@ def test_any_shape_and_any_combination(
     any_combination(data, seed, Shape(batch, kv_heads * group, kv_heads, *lengths, *dims), dtype, backend, device)
 
 
-@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+@pytest.mark.parametrize("backend", ["triton", "cuda"], indirect=True)
 @any_shape(examples=4, most=2)
 def test_a_few_shapes_and_combinations(data, seed, batch, kv_heads, group, lengths, dims, dtype, backend, device):
     any_combination(data, seed, Shape(batch, kv_heads * group, kv_heads, *lengths, *dims), dtype, backend, device)
