@@ -212,7 +212,7 @@ def test_widened_rows_share_their_source(architecture, padded):
 def test_rows_share_a_source_only_when_they_were_widened():
     model, ids, inputs = decoder_and_inputs("encoder_decoder", {})
     states = model.encode(**inputs).last_hidden_state
-    with pytest.raises(ArgumentError, match="k must have shape .6, kv_heads, k_len, 8. for q"):
+    with pytest.raises(ArgumentError, match=r"k must have shape .6, kv_heads, k_len, 8. for q"):
         model.decoder(ids.repeat(2, 1), cache=model.new_cache(6, LENGTH), encoder_hidden_states=states)
 
 
