@@ -201,12 +201,7 @@ def _check(
                 f"generate: expected {role}a model with new_cache, such as a Decoder, got {type(m).__name__}"
             )
     config = getattr(model, "config", None)
-    settings = generation_config or getattr(model, "generation_config", None) or GenerationConfig()
-    if not isinstance(settings, GenerationConfig):
-        raise ArgumentError(
-            f"generate: generation_config must be a transfuse GenerationConfig, got {type(settings).__name__}"
-        )
-    settings = settings.replaced(knobs)
+    settings = settings_of(model, generation_config).replaced(knobs)
     if knobs.get("decoder_start_token_id") is not None and not getattr(config, "is_encoder_decoder", False):
         raise ArgumentError("generate: decoder_input_ids and decoder_start_token_id need an encoder-decoder model")
     prompt = prepare(config, input_ids, attention_mask, decoder_input_ids, settings)

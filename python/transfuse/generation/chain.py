@@ -32,7 +32,7 @@ class Chain:
         self._steps: list[p.Processor] = []
         add = self._steps.append
         if s.repetition_penalty != 1.0:
-            add(partial(p.penalize_repetition, penalty=s.repetition_penalty))
+            add(partial(p.penalize_repetition, penalty=float(s.repetition_penalty)))
         if s.no_repeat_ngram_size:
             add(partial(p.forbid_repeats, size=s.no_repeat_ngram_size))
         if s.encoder_no_repeat_ngram_size:

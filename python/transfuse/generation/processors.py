@@ -24,7 +24,7 @@ def scale_temperature(scores: torch.Tensor, temperature: float) -> torch.Tensor:
     tensor([[2., 4.]])
     """
     # Beyond these nothing changes any more, but fp32 would overflow.
-    return scores / min(max(temperature, 1e-30), 1e30)
+    return scores / float(min(max(temperature, 1e-30), 1e30))
 
 
 def keep_top_k(scores: torch.Tensor, top_k: int, least: int = 1) -> torch.Tensor:

@@ -19,6 +19,30 @@ _MOST_ROWS = 1 << 16
 _MOST_TOKENS = 1 << 31
 _SAME = (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length"))  # two ways to say one thing
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_MOST_ID = (1 << 63) - 1  # of an int64 tensor
+# What generation_config.json may also ask for, and the values of each, None aside, that ask for nothing.
+_UNKNOWN: dict[str, tuple[Any, ...]] = {
+    "begin_suppress_tokens": ([],),
+    "constraints": ([],),
+    "diversity_penalty": (0,),
+    "dola_layers": (),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "forced_decoder_ids": ([],),
+    "guidance_scale": (1,),
+    "max_time": (),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "renormalize_logits": (False,),
+    "sequence_bias": ([], {}),
+    "suppress_tokens": ([],),
+    "token_healing": (False,),
+    "top_h": (),
+    "watermarking_config": (),
+}
 
 
 class Knobs(TypedDict, total=False):
@@ -139,7 +163,7 @@ class GenerationConfig:
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """The defaults that a checkpoint's generation_config.json sets, read as transformers reads them.
 
-        Names that mean nothing here are passed over. A checkpoint that asks for sampling and names no top_k gets 50,
+        Names that mean nothing here are passed over, see :func:`not_heeded`. A checkpoint that asks for sampling and names no top_k gets 50,
         and one that does not ask for it decodes greedily, whatever its temperature.
 
         >>> GenerationConfig.from_values({"temperature": 0.6, "num_beams": 4, "use_cache": True}).samples
@@ -228,9 +252,9 @@ class GenerationConfig:
     def _check_ids(self) -> None:
         for name in ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id", "pad_token_id"):
             value = getattr(self, name)
-            if value is not None:
-                for i in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
-                    _id(name, i)
+            several = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and "eos" in name
+            for i in value if several else () if value is None else (value,):
+                _id(name, i)
         words: Any = self.bad_words_ids
         if not isinstance(words, tuple) or not all(isinstance(word, (list, tuple)) and word for word in words):
             raise ArgumentError(f"generate: bad_words_ids must be a list of lists of token ids, got {words!r}")
@@ -268,6 +292,15 @@ class GenerationConfig:
             )
 
 
+def not_heeded(values: Mapping[str, Any]) -> list[str]:
+    """The knobs in a checkpoint's values that would change the text, and that there are none of here.
+
+    >>> not_heeded({"suppress_tokens": [7, 8], "guidance_scale": 1.0, "num_beams": 4, "use_cache": True})
+    ['suppress_tokens']
+    """
+    return [name for name, idle in _UNKNOWN.items() if values.get(name) is not None and values[name] not in idle]
+
+
 def _whole(name: str, value: Any, least: int, most: int, remedy: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ArgumentError(f"generate: {name} must be a whole number of at least {least}, got {value!r}{remedy}")
@@ -278,10 +311,19 @@ def _whole(name: str, value: Any, least: int, most: int, remedy: str = "") -> No
 def _within(name: str, value: Any, words: str, test: Callable[[float], bool]) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not test(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not test(_as_float(value)):
         raise ArgumentError(f"generate: {name} must be {words}, got {value!r}")
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number that fp64 cannot hold
+        return math.inf
 
 
 def _id(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ArgumentError(f"generate: {name} must be a token id of at least 0, got {value!r}")
+    if value > _MOST_ID:
+        raise ArgumentError(f"generate: {name} must be a token id, at most {_MOST_ID}, got {value}")

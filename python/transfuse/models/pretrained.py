@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from transfuse.errors import ArgumentError, CheckpointError, ConfigError
 from transfuse.generation import GenerationConfig
+from transfuse.generation.settings import not_heeded
 from transfuse.models.base import TransformerModel
 from transfuse.models.checkpoint import (
     FLOAT_DTYPES,
@@ -213,6 +215,10 @@ def _generation_config(path: Path, values: Mapping[str, Any]) -> GenerationConfi
         read = GenerationConfig.from_values(values)
     except ArgumentError as error:
         raise ConfigError(f"{file if file.is_file() else 'config.json'}: {error}") from None
+    if unknown := not_heeded(values):
+        asked = ", ".join(f"{name}={values[name]!r:.60}" for name in unknown)
+        name = file if file.is_file() else path / "config.json"
+        warnings.warn(f"{name} asks for {asked}: transfuse has no such knob, and writes text without it", stacklevel=3)
     return None if read == GenerationConfig(do_sample=False) else read
 
 
