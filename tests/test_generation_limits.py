@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model_cases import build, make_config, one_thread  # noqa: F401 (a fixture)
-from transfuse.errors import ArgumentError
+from transfuse.errors import ArgumentError, DeviceError
 from transfuse.generation import generate
 from transfuse.generation.processors import scale_temperature
 
@@ -70,6 +70,40 @@ def test_scores_that_say_nothing(value, options):
 def test_a_penalty_that_overflows():
     with pytest.raises(ArgumentError, match="scores must be finite, got inf"):
         build(make_config("decoder")).generate(IDS, max_new_tokens=30, repetition_penalty=1e-300)
+
+
+@pytest.mark.parametrize("number", [10**30, 10**400], ids=["1e30", "1e400"])
+def test_numbers_larger_than_a_tensor_holds(number):
+    model = build(make_config("decoder"))
+    for name, words in (
+        ("pad_token_id", "must be a token id, at most"),
+        ("eos_token_id", "must be a token id, at most"),
+    ):
+        with pytest.raises(ArgumentError, match=f"{name} {words}"):
+            model.generate(IDS, **{name: number})
+    for name in ("temperature", "repetition_penalty"):
+        if number < 1e300:
+            assert model.generate(IDS, max_new_tokens=2, **{name: number}).shape == (1, 6)
+        else:
+            with pytest.raises(ArgumentError, match=f"{name} must be"):
+                model.generate(IDS, **{name: number})
+
+
+@pytest.mark.parametrize("value", [[], (3, 4), b"ab", "a"], ids=repr)
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "pad_token_id"])
+def test_one_id_where_one_is_meant(name, value):
+    with pytest.raises(ArgumentError, match=f"{name} must be a token id of at least 0, got "):
+        build(make_config("decoder")).generate(IDS, **{name: value})
+
+
+def test_bytes_are_no_ids():
+    with pytest.raises(ArgumentError, match="eos_token_id must be a token id of at least 0, got b'ab'"):
+        build(make_config("decoder")).generate(IDS, eos_token_id=b"ab")
+
+
+def test_ids_without_values():
+    with pytest.raises(DeviceError, match="input_ids must hold values, got a tensor on the meta device"):
+        build(make_config("decoder")).generate(IDS.to("meta"))
 
 
 @pytest.mark.parametrize("model", [None, torch.nn.Linear(2, 2)], ids=["None", "Linear"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+import warnings
 
 import pytest
 import tokenizers
@@ -263,6 +264,20 @@ def test_a_checkpoint_of_old_keeps_them_in_its_configuration(checkpoint, tmp_pat
         ConfigError, match=r"generation_config.json: generate: top_p must be above 0 and at most 1, got 7"
     ):
         transfuse.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_is_told_which_of_its_knobs_there_are_none_of(checkpoint, tmp_path):
+    idle = {"guidance_scale": 1.0, "diversity_penalty": 0.0, "suppress_tokens": [], "num_beam_groups": 1, "top_h": None}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint("llama", **idle, num_beams=2, use_cache=True)
+    with pytest.warns(UserWarning, match="no such knob") as told:
+        checkpoint("llama", suppress_tokens=[7, 8], guidance_scale=2.5, num_beams=2)
+    (warning,) = told
+    assert f"{tmp_path / 'generation_config.json'} asks for guidance_scale=2.5, suppress_tokens=[7, 8]: " in str(
+        warning.message
+    )
+    assert warning.filename == __file__
 
 
 def test_the_default_budget_is_what_the_context_leaves():

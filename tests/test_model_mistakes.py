@@ -38,7 +38,9 @@ def test_rotary_positions_of_nothing(arguments):
         RotaryEmbedding(*arguments)
 
 
-@pytest.mark.parametrize("device", ["nonsense", "cuda:99", object()], ids=["nonsense", "cuda:99", "object"])
+@pytest.mark.parametrize(
+    "device", ["nonsense", "cuda:99", object(), 10**30], ids=["nonsense", "cuda:99", "object", "1e30"]
+)
 def test_devices_that_are_not_there(device, tmp_path):
     with pytest.raises(DeviceError, match="device: expected cpu, meta, cuda, "):
         Decoder(make_config("decoder"), device=device)
@@ -51,6 +53,14 @@ def test_devices_that_are_not_there(device, tmp_path):
 def test_dtypes_that_parameters_cannot_have(dtype):
     with pytest.raises(DtypeError, match=r"dtype: expected torch\.float64, torch\.float32, "):
         Encoder(make_config("encoder"), dtype=dtype)
+
+
+@pytest.mark.parametrize("folder", ["", None, 3, ["a"], b"a"], ids=repr)
+def test_folders_without_a_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match="save_pretrained: expected the name of a folder, got "):
+        Decoder(make_config("decoder")).save_pretrained(folder)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_values_is_not_saved(tmp_path):

@@ -439,4 +439,5 @@ def test_a_vocabulary_with_codes_of_languages(tokenizer):
     model = transfuse.Seq2Seq(config("encoder_decoder", decoder_start_token_id=256)).eval()
     expected = tasks.generate(model, coded, ">>de<< cat", max_new_tokens=6)
     assert tasks.translate(model, coded, "cat", target="de", max_new_tokens=6) == expected
-    assert tasks.translate(model, coded, "cat", target="fr", max_new_tokens=6) != expected
+    with pytest.raises(ArgumentError, match="the checkpoint translates to de; got target 'fr'"):
+        tasks.translate(model, coded, "cat", target="fr")

@@ -29,7 +29,7 @@ from transfuse.generation.processors import Processor
 from transfuse.generation.prompt import Ids, Prompt, check_assistant, prepare, special_ids
 from transfuse.generation.reader import evaluating
 from transfuse.generation.results import Generated
-from transfuse.generation.settings import GenerationConfig, Knobs
+from transfuse.generation.settings import GenerationConfig, Knobs, settings_of
 from transfuse.generation.stopping import Ends
 
 if TYPE_CHECKING:

@@ -146,6 +146,8 @@ def _check_ids(name: str, ids: torch.Tensor, vocabulary: int | None) -> None:
         raise DtypeError(f"generate: {name} must be an int64 or int32 tensor, got {got}")
     if ids.dim() != 2:
         raise ArgumentError(f"generate: {name} must have shape (batch, length), got {tuple(ids.shape)}")
+    if ids.device.type == "meta":
+        raise DeviceError(f"generate: {name} must hold values, got a tensor on the meta device")
     if ids.numel() == 0:
         raise ArgumentError(f"generate: {name} must hold at least one token, got shape {tuple(ids.shape)}")
     least, most = (int(v) for v in ids.aminmax())

@@ -163,8 +163,8 @@ class GenerationConfig:
     def from_values(cls, values: Mapping[str, Any]) -> Self:
         """The defaults that a checkpoint's generation_config.json sets, read as transformers reads them.
 
-        Names that mean nothing here are passed over, see :func:`not_heeded`. A checkpoint that asks for sampling and names no top_k gets 50,
-        and one that does not ask for it decodes greedily, whatever its temperature.
+        Names that mean nothing here are passed over, see :func:`not_heeded`. A checkpoint that asks for sampling and
+        names no top_k gets 50, and one that does not ask for it decodes greedily, whatever its temperature.
 
         >>> GenerationConfig.from_values({"temperature": 0.6, "num_beams": 4, "use_cache": True}).samples
         False
@@ -290,6 +290,20 @@ class GenerationConfig:
                 f"generate: num_return_sequences = {self.num_return_sequences} needs sampling, since greedy sequences "
                 "would all be the same: give do_sample=True, a temperature above 0, or at least as many num_beams"
             )
+
+
+def settings_of(model: Any, given: GenerationConfig | None) -> GenerationConfig:
+    """The knobs that are given, else those of the model's checkpoint, else the defaults.
+
+    Raises:
+        ArgumentError: they are no GenerationConfig.
+    """
+    settings = getattr(model, "generation_config", None) if given is None else given
+    if settings is not None and not isinstance(settings, GenerationConfig):
+        raise ArgumentError(
+            f"generate: generation_config must be a transfuse GenerationConfig, got {type(settings).__name__}"
+        )
+    return settings or GenerationConfig()
 
 
 def not_heeded(values: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ def usable_device(device: torch.device | str | int | None) -> torch.device:
     try:
         where = torch.get_default_device() if device is None else torch.device(device)
         torch.empty(0, device=where)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError, ValueError, OverflowError) as error:
         reason = str(error).split("\n")[0][:200]
         raise DeviceError(
             f"device: expected cpu, meta, cuda, cuda:1 or another that this machine has, got {device!r} ({reason}); "

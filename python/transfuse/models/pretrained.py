@@ -162,6 +162,8 @@ def save_pretrained(
     ...     sorted(os.listdir(folder))
     ['config.json', 'model.safetensors']
     """
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+        raise ArgumentError(f"save_pretrained: expected the name of a folder, got {folder!r}")
     task = _task_of(model)
     if model.device.type == "meta":
         raise ArgumentError(

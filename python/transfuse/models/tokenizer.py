@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 _encoding_lock = threading.Lock()
+_LONGEST = 1 << 31  # tokens; more fit no machine, and not the library's integers
 
 SPECIAL_TOKENS = ("pad", "bos", "eos", "unk", "cls", "sep", "mask")
 
@@ -243,6 +244,8 @@ class Tokenizer:
         pairs = None if pairs is None else as_texts("tokenizer: pairs", pairs)
         if pairs is not None and len(pairs) != len(texts):
             raise ArgumentError(f"tokenizer: expected one pair per text, got {len(texts)} texts and {len(pairs)} pairs")
+        if not isinstance(add_special_tokens, bool):
+            raise ArgumentError(f"tokenizer: add_special_tokens must be True or False, got {add_special_tokens!r}")
         inputs: list[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
         if max_length is None:
             with _encoding():
@@ -251,7 +254,8 @@ class Tokenizer:
         least = 1 + extra
         if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < least:
             raise ArgumentError(f"tokenizer: max_length must be a whole number of at least {least}, got {max_length!r}")
-        if stride is not None and not 0 <= stride < max_length - extra:
+        max_length = min(max_length, _LONGEST)
+        if stride is not None and (not isinstance(stride, int) or not 0 <= stride < max_length - extra):
             raise ArgumentError(f"tokenizer: stride must be from 0 to {max_length - extra - 1}, got {stride!r}")
         strategy = "only_second" if pairs is not None and stride is not None else "longest_first"
         with _encoding():
@@ -362,7 +366,10 @@ def as_texts(name: str, texts: str | Sequence[str]) -> list[str]:
     given: Any = [texts] if isinstance(texts, str) else texts
     if not isinstance(given, Iterable) or isinstance(given, bytes):
         raise ArgumentError(f"{name}: expected a text or several, got {type(texts).__name__}")
-    found = list(given)
+    try:
+        found = list(given)
+    except TypeError as error:  # an array or a tensor without dimensions
+        raise ArgumentError(f"{name}: expected a text or several, got {type(texts).__name__}") from error
     for text in found:
         _check_text(name, text)
     return found

@@ -93,6 +93,7 @@ def answer(
         raise ArgumentError(f"answer: expected a context for each question, got {len(questions)} and {len(contexts)}")
     if max_length is None:
         max_length = min(_WINDOW, longest(model, tokenizer) or _WINDOW)
+    at_least("answer", "max_length", max_length)
     stride = min(_STRIDE, max_length // 2) if stride is None else stride
     _check_room(tokenizer, questions, max_length, stride)
     windows = tokenizer.windows(questions, contexts, max_length=max_length, stride=stride)
@@ -114,7 +115,6 @@ def answer(
 
 def _check_room(tokenizer: Tokenizer, questions: list[str], max_length: int, stride: int) -> None:
     """Asks that each question leaves more room than neighbouring windows share."""
-    at_least("answer", "max_length", max_length)
     at_least("answer", "stride", stride, least=0)
     for i, question in enumerate(questions):
         if not question.strip():
@@ -169,7 +169,7 @@ def _spans(
 ) -> list[tuple[float, int, int]]:
     """(score, first token, last token) of the best spans of a window; start, end, inside: (length,)."""
     # (length, length): how likely it is that the answer goes from the row's token to the column's
-    scores = torch.outer(start * inside, end * inside).triu().tril(longest_span - 1)
+    scores = torch.outer(start * inside, end * inside).triu().tril(min(longest_span, len(inside)) - 1)
     best = scores.flatten().topk(min(count, scores.numel()))
     length = len(inside)
     rows = ((s, i // length, i % length) for s, i in zip(best.values.tolist(), best.indices.tolist(), strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -147,6 +147,12 @@ def token_classify(
     if aggregation not in ("simple", "none"):
         raise ArgumentError(f"token_classify: aggregation must be 'simple' or 'none', got {aggregation!r}")
     texts = as_texts("token_classify: texts", texts)
+    if isinstance(ignore, str):
+        ignore = (ignore,)
+    if not isinstance(ignore, Collection):
+        raise ArgumentError(f"token_classify: ignore must be labels, got {ignore!r}")
+    if max_length is not None:
+        at_least("token_classify", "max_length", max_length)
     names = labels_of(model, model.classifier.out_features)
     limit = longest(model, tokenizer) if max_length is None else max_length
     if stride is None:

@@ -66,7 +66,7 @@ def embed(
     if isinstance(body, TransformerModel) and not isinstance(body, Stack):
         raise ArgumentError("embed: expected an Encoder or a Decoder, got an encoder-decoder; give its .encoder")
     check_pair("embed", body, tokenizer, (Stack,), "transfuse.from_pretrained(..., task='encoder')")
-    pool = _POOLS.get(pooling)
+    pool = _POOLS.get(pooling) if isinstance(pooling, str) else None
     if pool is None:
         raise ArgumentError(f"embed: pooling must be one of {', '.join(_POOLS)}, got {pooling!r}")
     texts = as_texts("embed: texts", texts)

@@ -111,6 +111,9 @@ def attention_maps(
     """
     check_pair("attention_maps", model, tokenizer, (TransformerModel,), "transfuse.from_pretrained loads one")
     body = model.body if isinstance(model, ModelWithHead) else model
+    for name, value in (("text", text), ("target", "" if target is None else target)):
+        if not isinstance(value, str):
+            raise ArgumentError(f"attention_maps: {name} must be one text (str), got {type(value).__name__}")
     batch = tokenizer(text, device=model.device)
     if batch["input_ids"].numel() == 0:
         raise ArgumentError(f"attention_maps: the text must hold a token, got {text!r}")
@@ -213,7 +216,9 @@ def _target_ids(
         shifted: torch.Tensor = model.shift_right(ids)
         return shifted
     if target is None:
-        return generation.generate(model, ids, max_new_tokens=max_new_tokens)[:, :-1]
+        return generation.generate(
+            model, ids, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, num_return_sequences=1
+        )[:, :-1]
     first = model.config.decoder_start_token_id
     first = model.config.bos_token_id if first is None else first
     if first is None:

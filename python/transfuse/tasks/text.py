@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ import torch
 
 from transfuse import generation
 from transfuse.errors import ArgumentError
-from transfuse.generation.settings import GenerationConfig, Knobs
+from transfuse.generation.settings import GenerationConfig, Knobs, settings_of
 from transfuse.models import Decoder, Seq2Seq
+from transfuse.models.checkpoint import some
 from transfuse.models.tokenizer import Tokenizer, as_texts
 from transfuse.tasks.running import at_least, batches, check_pair
 
@@ -109,6 +111,10 @@ def stream_text(
     True
     """
     check_pair("generate", model, tokenizer, (Decoder, Seq2Seq), "encoders write no text")
+    if not isinstance(prompt, str):
+        raise ArgumentError(
+            f"stream_text: expected one prompt, a str, got {type(prompt).__name__}; generate takes several"
+        )
     batch = tokenizer(prompt, add_special_tokens=add_special_tokens, device=model.device)
     _check_prompts([prompt], batch["attention_mask"].sum(1).tolist())
     settings, ends = _settings(model, tokenizer, generation_config, knobs)
@@ -162,9 +168,11 @@ def translate(
     [4, 4]
     """
     check_pair("translate", model, tokenizer, (Seq2Seq,), "it needs an encoder-decoder (T5, Marian, BART)")
+    _check_words("translate", source=source, target=target)
     settings: Mapping[str, Any] = {}
     if prefix is None:
         settings, prefix = _translation(model, tokenizer, source, target)
+    _check_words("translate", prefix=prefix)
     given = as_texts("translate: texts", texts)
     return _rewrite(model, tokenizer, given, prefix, settings, batch_size, progress, generator, knobs)
 
@@ -207,6 +215,7 @@ def summarize(
     settings = _task_params(model).get("summarization", {})
     if prefix is None:
         prefix = _prefix(model, settings)
+    _check_words("summarize", prefix=prefix)
     given = as_texts("summarize: texts", texts)
     return _rewrite(model, tokenizer, given, prefix, settings, batch_size, progress, generator, knobs)
 
@@ -252,7 +261,7 @@ def _rewrite(
     known = {name: v for name, v in settings.items() if name in Knobs.__annotations__ and v is not None}
     if {"max_length", "max_new_tokens"} & knobs.keys():  # the checkpoint's own lengths would contradict the caller's
         known = {name: value for name, value in known.items() if not name.startswith(("max_", "min_"))}
-    config = (model.generation_config or GenerationConfig()).replaced(known)
+    config = settings_of(model, None).replaced(known)
     return generate(
         model, tokenizer, [prefix + text for text in texts], batch_size=batch_size, progress=progress,
         generation_config=config, generator=generator, **knobs,
@@ -279,15 +288,24 @@ def _translation(
             f"translate: the checkpoint translates {known}; got source {source!r} and target {target!r}: give one of "
             "these pairs, or prefix="
         )
-    if target is not None and tokenizer.backend.token_to_id(f">>{target}<<") is not None:
-        return {}, f">>{target}<< "
-    return {}, _prefix(model, {})
+    if target is None:
+        return {}, _prefix(model, {})
+    targets = sorted(token[2:-2] for token in tokenizer.backend.get_vocab() if re.fullmatch(">>.+<<", token))
+    if targets and target not in targets:
+        raise ArgumentError(f"translate: the checkpoint translates to {some(targets)}; got target {target!r}")
+    return {}, f">>{target}<< " if targets else _prefix(model, {})
 
 
 def _task_params(model: Seq2Seq) -> Mapping[str, Any]:
     """task_specific_params of config.json, where it is what it should be."""
     given = model.task_settings.get("task_specific_params")
     return {name: v for name, v in given.items() if isinstance(v, Mapping)} if isinstance(given, Mapping) else {}
+
+
+def _check_words(task: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise ArgumentError(f"{task}: {name} must be a text (str), got {type(value).__name__}")
 
 
 def _prefix(model: Seq2Seq, params: Mapping[str, Any]) -> str:
@@ -317,7 +335,7 @@ def _settings(
     model: Decoder | Seq2Seq, tokenizer: Tokenizer, config: GenerationConfig | None, knobs: Knobs
 ) -> tuple[GenerationConfig, tuple[int, ...]]:
     """The knobs with what the tokenizer knows, and the tokens that end a text."""
-    settings = (config or model.generation_config or GenerationConfig()).replaced(knobs)
+    settings = settings_of(model, config).replaced(knobs)
     found = (settings.eos_token_id, model.config.eos_token_id, tokenizer.target.eos_token_id)
     ends = next((ids for ids in found if ids is not None), ())
     pad = tokenizer.target.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
