@@ -7,10 +7,11 @@ on the fused ops, and the attention of a Hugging Face model is chosen in its con
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -20,7 +21,11 @@ from transfuse.integrations.transformers_modules import fused_class
 from transfuse.nn.transformer import TWINS
 
 Model = TypeVar("Model", bound=nn.Module)
-_RECORD = "_transfuse_patched"
+# What undoes a patch stands on each module, so that copies, parts and parts of copies can be undone by themselves.
+_CLASS = "_transfuse_class_before"
+_ATTENTION = "_transfuse_attention_before"
+_LOCK = threading.RLock()
+_BLOCKS: dict[int, _Block] = {}
 
 
 @dataclass
@@ -36,11 +41,11 @@ class PatchReport:
 
 
 @dataclass
-class _Record:
-    """What undoes a patch; on the model, so that copies of the model have their own."""
+class _Block:
+    """The ``with patched(model)`` blocks that one model is in now."""
 
-    classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
-    configs: list[tuple[Any, str | None]] = field(default_factory=list)
+    entered: int = 0
+    modules: list[nn.Module] = field(default_factory=list)
 
 
 def patch(model: nn.Module) -> PatchReport:
@@ -49,7 +54,8 @@ def patch(model: nn.Module) -> PatchReport:
     torch.nn's LayerNorm, RMSNorm, MultiheadAttention and transformer layers anywhere in the model are exchanged, and in
     Hugging Face models (BERT, RoBERTa, DistilBERT, GPT-2, GPT-Neo, Llama, T5, Marian, BART, ViT) attention, norms,
     feed-forward networks and the additions before norms. Works for training and inference, with gradient checkpointing
-    and with caches; a second call changes only what is new. :func:`unpatch` undoes it.
+    and with caches; a second call changes only what is new. :func:`unpatch` undoes it. A model that is to be
+    compiled or wrapped by FSDP is patched before that.
 
     Args:
         model: any module.
@@ -69,12 +75,13 @@ def patch(model: nn.Module) -> PatchReport:
     True
     """
     report = PatchReport()
-    _apply(model, report)
+    with _LOCK:
+        _apply(model, report)
     return report
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undoes :func:`patch`: every module computes what it did before, bit for bit. A model never patched stays.
+    """Undoes :func:`patch` in a model, a part or a copy: every module computes what it did before, bit for bit.
 
     >>> model = nn.Sequential(nn.RMSNorm(8))
     >>> _ = patch(model)
@@ -82,59 +89,75 @@ def unpatch(model: nn.Module) -> None:
     >>> type(model[0]) is nn.RMSNorm
     True
     """
-    record = vars(model).pop(_RECORD, None)
-    if record is not None:
-        _undo(record)
+    with _LOCK:
+        _undo(model.modules())
 
 
 @contextmanager
 def patched(model: Model) -> Iterator[Model]:
     """The model patched within a ``with`` block; what was patched before stays so afterwards.
 
+    Threads may be in such blocks of one model at a time: the last to leave undoes the patch.
+
     >>> model = nn.LayerNorm(8)
     >>> with patched(model):
     ...     type(model).__module__
     'transfuse.nn.norm'
     """
-    record = _apply(model, PatchReport())
+    with _LOCK:
+        modules = _apply(model, PatchReport())
+        block = _BLOCKS.setdefault(id(model), _Block())
+        block.entered += 1
+        block.modules += modules
     try:
         yield model
     finally:
-        _undo(record)
-        earlier = vars(model).get(_RECORD)
-        if earlier is not None:
-            earlier.classes = [entry for entry in earlier.classes if entry not in record.classes]
-            earlier.configs = [entry for entry in earlier.configs if entry not in record.configs]
+        with _LOCK:
+            block.entered -= 1
+            if not block.entered:
+                del _BLOCKS[id(model)]
+                _undo(block.modules)
 
 
-def _apply(model: nn.Module, report: PatchReport) -> _Record:
-    """Change all that can be; returns what this call changed."""
+def _apply(model: nn.Module, report: PatchReport) -> list[nn.Module]:
+    """Change all that can be; returns the modules that this call changed, outer ones first."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"patch: model must be a torch.nn.Module, got {type(model).__name__}")
-    new = _Record()
+    modules: list[nn.Module] = []
     try:
-        _choose_attention(model, report, new)
+        _choose_attention(model, report, modules)
         for name, module in model.named_modules():
-            _exchange(name, module, report, new)
+            _exchange(name, module, report, modules)
     except BaseException:
-        _undo(new)
+        _undo(modules)
         raise
-    record = vars(model).setdefault(_RECORD, _Record())
-    record.classes += new.classes
-    record.configs += new.configs
-    return new
+    return modules
 
 
-def _undo(record: _Record) -> None:
-    for module, original in reversed(record.classes):
-        module.__class__ = original
-    for config, implementation in reversed(record.configs):
-        config._attn_implementation = implementation
+def _undo(modules: Iterable[nn.Module]) -> None:
+    """Outer modules first: what a configuration is set to reaches those inside it, which then set their own."""
+    for module in list(modules):
+        if (kind := vars(module).pop(_CLASS, None)) is not None:
+            module.__class__ = _restored(type(module), kind)
+        if (implementation := vars(module).pop(_ATTENTION, module)) is not module:
+            module.config._attn_implementation = implementation  # type: ignore[union-attr]
 
 
-def _exchange(name: str, module: nn.Module, report: PatchReport, record: _Record) -> None:
+def _restored(kind: type, original: type) -> type:
+    """kind with ``original`` in the place of our class, before which parametrizations and FSDP put one of theirs."""
+    if _is_ours(kind):
+        return original
+    bases = tuple(_restored(b, original) if any(map(_is_ours, b.__mro__)) else b for b in kind.__bases__)
+    return kind if bases == kind.__bases__ else type(kind)(kind.__name__, bases, dict(vars(kind)))
+
+
+def _is_ours(kind: type) -> bool:
+    return kind in TWINS.values() or "fused_from" in vars(kind)
+
+
+def _exchange(name: str, module: nn.Module, report: PatchReport, modules: list[nn.Module]) -> None:
     kind = type(module)
-    if kind in TWINS.values() or hasattr(kind, "fused_from"):
+    if any(map(_is_ours, kind.__mro__)):
         return
     twin = TWINS.get(kind)
     words = "" if twin is None else f"transfuse.nn.{twin.__name__}"
@@ -145,12 +168,13 @@ def _exchange(name: str, module: nn.Module, report: PatchReport, record: _Record
                 report.left[name] = f"{kind.__name__}: {reason}"
             return
         twin, words = found
-    record.classes.append((module, kind))
+    modules.append(module)
+    vars(module)[_CLASS] = kind
     module.__class__ = twin
     report.changed[name] = f"{kind.__name__} -> {words}"
 
 
-def _choose_attention(model: nn.Module, report: PatchReport, record: _Record) -> None:
+def _choose_attention(model: nn.Module, report: PatchReport, modules: list[nn.Module]) -> None:
     """Of every Hugging Face model in there whose attention is dispatched."""
     if "transformers" not in sys.modules:
         return
@@ -158,17 +182,23 @@ def _choose_attention(model: nn.Module, report: PatchReport, record: _Record) ->
 
     parts = [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel)]
     before = {id(m.config): m.config._attn_implementation for _, m in parts}  # one setting reaches the parts below it
+    chosen: set[int] = set()
     for name, part in parts:
-        was = before[id(part.config)]
-        if was == NAME or any(config is part.config for config, _ in record.configs):
-            continue
+        was, config = before[id(part.config)], part.config
         if not getattr(part, "_can_set_attn_implementation", lambda: False)():
             report.left[name] = f"{type(part).__name__}: its attention is not dispatched by transformers"
-            continue
-        register_with_transformers()
-        record.configs.append((part.config, was))
-        part.config._attn_implementation = NAME
-        report.changed[name] = f"attention of {type(part).__name__} -> attn_implementation={NAME!r} (was {was!r})"
+            if id(config) not in chosen and config._attn_implementation != was:
+                config._attn_implementation = was
+        elif was != NAME:
+            register_with_transformers()
+            modules.append(part)
+            vars(part)[_ATTENTION] = was
+            config._attn_implementation = NAME
+            if id(config) not in chosen:
+                report.changed[name] = (
+                    f"attention of {type(part).__name__} -> attn_implementation={NAME!r} (was {was!r})"
+                )
+            chosen.add(id(config))
 
 
 def _why_left(module: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from transfuse.nn.multihead import MultiheadAttention
 from transfuse.nn.norm import LayerNorm, RMSNorm
@@ -251,8 +252,8 @@ def _name_of(activation: Activation) -> str | None:
 
 
 def changed(*modules: nn.Module) -> bool:
-    """Whether hooks want to see one of these modules called."""
-    return any(
+    """Whether hooks want to see one of these modules called, their own or those of all modules."""
+    return _has_any_global_hook() or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
     )
