@@ -186,6 +186,14 @@ def test_generate_with_beams_and_any_knob(checkpoints):
     assert stopped.exit_code == 0, stopped.output
 
 
+def test_generate_several_drawn_texts(checkpoints):
+    folder = checkpoints["decoder"]
+    knobs = {"max_new_tokens": 4, "temperature": 0.8, "num_return_sequences": 3}
+    expected = tasks.generate(*loaded(folder), "the cat", generator=torch.Generator().manual_seed(2), **knobs)
+    options = ("-n", "4", "--temperature", "0.8", "--knob", "num_return_sequences=3", "--seed", "2")
+    assert run("generate", folder, "-p", "the cat", *options).stdout == "\n".join(expected) + "\n"
+
+
 def test_count(checkpoints):
     assert rows("count", checkpoints["encoder"], *TEXTS) == [
         ["5", TEXTS[0]], ["4", TEXTS[1]], ["7", TEXTS[2]], ["16", "total"],

@@ -23,6 +23,11 @@ def test_a_stream_has_one_prompt(decoder, tokenizer, prompt):  # noqa: F811
         tasks.stream_text(decoder, tokenizer, prompt)
 
 
+def test_a_stream_has_one_text(decoder, tokenizer):  # noqa: F811
+    with pytest.raises(ArgumentError, match="expected num_return_sequences of 1, got 2; see generate"):
+        tasks.stream_text(decoder, tokenizer, "a", num_return_sequences=2, do_sample=True)
+
+
 @pytest.mark.parametrize("given", ["greedy", {}, 0, {"num_beams": 2}, torch.zeros(2)], ids=repr)
 def test_settings_of_another_kind(decoder, tokenizer, given):  # noqa: F811
     message = f"generation_config must be a transfuse GenerationConfig, got {type(given).__name__}"

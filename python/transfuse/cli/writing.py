@@ -53,7 +53,8 @@ def generate(
     system: Annotated[str | None, typer.Option(help="With --chat: who the model is to be.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Stop after so many tokens.")] = 100,
     temperature: Annotated[
-        float | None, typer.Option(help="Divides the scores before drawing; 0 is greedy.", show_default="greedy")
+        float | None,
+        typer.Option(help="Divides the scores before drawing; 0 is greedy.", show_default="the model's, else greedy"),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw among the likeliest that together reach this.")] = None,
@@ -65,7 +66,7 @@ def generate(
     device: Device = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Continue a text, streamed as it is made. Greedy, unless a temperature or a top is given."""
+    """Continue a text, streamed as it is made. Greedy, unless a temperature, a top or the model asks for drawing."""
     knobs = knobs_of(
         knob, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty,
@@ -75,6 +76,7 @@ def generate(
     text = one_text(prompt, file)
     place = place_of(backend, device)
     from transfuse import tasks
+    from transfuse.generation.settings import settings_of
     from transfuse.models import Decoder, Seq2Seq
 
     loaded, tokenizer = load(model, place, dtype)
@@ -86,14 +88,14 @@ def generate(
         text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": text}])
     settings = {"add_special_tokens": not chat, "generator": _generator(place, seed), **knobs}
     began, written = time.perf_counter(), ""
-    defaults = loaded.generation_config
-    if knobs.get("num_beams", 1 if defaults is None else defaults.num_beams) == 1:
+    asked = settings_of(loaded, None).replaced(knobs)
+    if asked.num_beams == asked.num_return_sequences == 1:
         for piece in tasks.stream_text(loaded, tokenizer, text, **settings):
             written += piece
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
-    else:  # beams are ranked at the end
+    else:  # beams are ranked at the end, and several texts would be mixed
         texts = tasks.generate(loaded, tokenizer, text, **settings)
         written = "\n".join(texts)
         typer.echo(written)

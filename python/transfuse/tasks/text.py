@@ -118,6 +118,10 @@ def stream_text(
     batch = tokenizer(prompt, add_special_tokens=add_special_tokens, device=model.device)
     _check_prompts([prompt], batch["attention_mask"].sum(1).tolist())
     settings, ends = _settings(model, tokenizer, generation_config, knobs)
+    if settings.num_return_sequences > 1:
+        raise ArgumentError(
+            f"stream_text: expected num_return_sequences of 1, got {settings.num_return_sequences}; see generate"
+        )
     steps = generation.stream(
         model, batch["input_ids"], batch["attention_mask"], settings,
         generator=generator, tokenizer=tokenizer, assistant_model=assistant_model,
