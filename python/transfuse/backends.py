@@ -192,6 +192,14 @@ def _gpu_cannot_run_extension(index: int | None) -> tuple[str, str] | None:
 _cannot_run_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _is_differentiated() -> bool:
+    """Whether torch.func takes a derivative now: registered ops refuse its grad, and jvp would find a zero in them."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or []
+    return any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms)
+
+
 def why_not(name: str, device: torch.device) -> str | None:
     """Why no op can run on this backend and device, with the remedy in the text; None if it can.
 
@@ -199,7 +207,10 @@ def why_not(name: str, device: torch.device) -> str | None:
     True
     """
     target = ahead() if device.type == "meta" else None
-    if target is None:
+    found: tuple[str, str] | None
+    if name != "torch" and _is_differentiated():
+        found = ("torch.func.grad, jvp and what is built on them do not see into kernels", "leave the backend out")
+    elif target is None:
         found = _cannot_run_on(_known(name), device.type, device.index)
     elif _known(name) == "cuda" and target.gpu is None:
         found = ("only Triton kernels can be compiled without the GPU", "leave the backend out, or name 'triton'")

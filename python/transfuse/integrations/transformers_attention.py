@@ -89,7 +89,9 @@ def attention_forward(
         )
     if is_causal is None:
         is_causal = bool(getattr(module, "is_causal", True))
-    causal = bool(is_causal and attention_mask is None and query.shape[2] > 1)
+    causal = bool(is_causal) and attention_mask is None
+    if causal and query.shape[2] == 1:  # a branch: compiled with dynamic lengths, a comparison is no bool
+        causal = False
     mask, bias = None, position_bias
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         mask = attention_mask[..., : key.shape[2]]

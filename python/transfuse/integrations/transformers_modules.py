@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from transfuse.integrations import transformers_attention
+from transfuse.nn.norm import LayerNorm
 from transfuse.nn.transformer import changed
 from transfuse.ops import attention, attention_weights, ffn, layer_norm, linear_act, rms_norm
 
@@ -138,7 +139,7 @@ def _add_norm(
     module: Any, own: Callable[..., Any], hidden_states: torch.Tensor, input_tensor: torch.Tensor
 ) -> torch.Tensor:
     norm = module.LayerNorm
-    if not isinstance(norm, nn.LayerNorm) or changed(norm) or hidden_states.dtype != input_tensor.dtype:
+    if type(norm) not in (nn.LayerNorm, LayerNorm) or changed(norm) or hidden_states.dtype != input_tensor.dtype:
         result: torch.Tensor = own(hidden_states, input_tensor)
         return result
     x = module.dropout(module.dense(hidden_states))
@@ -164,8 +165,10 @@ def _gpt_neo_attention(
     head_mask: torch.Tensor | None = None,  # of transformers 4
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scores are not scaled; a local layer sees its last window_size keys."""
-    if head_mask is not None:
-        result: tuple[torch.Tensor, torch.Tensor] = own(query, key, value, attention_mask, head_mask)
+    dropout_p = _dropout(module, "attn_dropout")
+    if head_mask is not None or dropout_p is None:
+        more = () if head_mask is None else (head_mask,)
+        result: tuple[torch.Tensor, torch.Tensor] = own(query, key, value, attention_mask, *more)
         return result
     local = module.config.attention_layers[module.layer_id] == "local"
     options: dict[str, Any] = {
@@ -174,7 +177,6 @@ def _gpt_neo_attention(
         "bias": None if attention_mask is None else attention_mask.float(),
         "scale": 1.0,
     }
-    dropout_p = module.attn_dropout.p if module.attn_dropout.training else 0.0
     if not (module.config.output_attentions or transformers_attention.records_attentions()):
         return attention(query, key, value, dropout_p=dropout_p, **options), None
     out, lse = attention(query, key, value, dropout_p=dropout_p, return_lse=True, **options)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from transfuse.nn.multihead import MultiheadAttention
 from transfuse.nn.norm import LayerNorm, RMSNorm
@@ -252,9 +253,16 @@ def _name_of(activation: Activation) -> str | None:
 
 
 def changed(*modules: nn.Module) -> bool:
-    """Whether hooks want to see one of these modules called, their own or those of all modules."""
+    """Whether one of these modules has to be called: for its hooks or those of all modules, or for parameters that are
+    tensors of another kind (quantized, distributed), which compute in their own way.
+    """
     return _has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or "forward" in vars(m)
+        or any(is_traceable_wrapper_subclass(p) for p in m._parameters.values())
         for m in modules
     )
 

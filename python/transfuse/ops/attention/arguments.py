@@ -89,7 +89,7 @@ def make_variant(
     head_dim = q.shape[-1]
     if scale is None:
         scale = head_dim**-0.5 if head_dim else 1.0
-    elif not _validate.within(scale, math.isfinite):
+    elif not _validate.within(scale, lambda value: -math.inf < value < math.inf):
         raise ArgumentError(f"{op}: scale must be a finite number, got {scale!r}")
     if softcap is not None and not _validate.within(softcap, lambda cap: 0 < cap < math.inf):
         raise ArgumentError(f"{op}: softcap must be positive and finite, got {softcap!r}")
