@@ -16,10 +16,7 @@
 
 namespace transfuse::attention {
 
-template <typename T>
-constexpr int kChunk = 16 / sizeof(T);  // elements of a chunk
-template <typename T>
-constexpr int kStep = 2 * kChunk<T>;  // elements of the inner dimension that one product takes
+using device::kChunk, device::kStep;
 
 // Chunk 2 * pair + half. With `pair` known when compiling, only its last two bits meet the row's: all other steps are
 // constant offsets to four addresses, where a plain chunk ^ (row % 8) would take a register each.
@@ -102,31 +99,22 @@ __device__ __forceinline__ void to_a(uint32_t (&a)[4], const float (&p)[TILES][4
   }
 }
 
-// x = high + low, both tf32 but for low's last bits.
-template <int N>
-__device__ __forceinline__ void split(uint32_t (&high)[N], uint32_t (&low)[N], const uint32_t (&bits)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    float x, h;
-    memcpy(&x, &bits[i], 4);
-    high[i] = device::to_tf32(x);
-    memcpy(&h, &high[i], 4);
-    low[i] = device::to_tf32(x - h);
-  }
-}
-
-// d += a b
+// d += a b. The three tf32 products start from zero and d is added outside the tensor core, which rounds its sums toward
+// zero: over many keys that adds up.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (sizeof(T) == 2) {
     device::mma_m16n8k16<T>(d, a, b);
   } else {
     uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
-    split(a_high, a_low, a);
-    split(b_high, b_low, b);
-    device::mma_m16n8k8_tf32(d, a_low, b_high);
-    device::mma_m16n8k8_tf32(d, a_high, b_low);
-    device::mma_m16n8k8_tf32(d, a_high, b_high);
+    device::split(a_high, a_low, a);
+    device::split(b_high, b_low, b);
+    float product[4] = {};
+    device::mma_m16n8k8_tf32(product, a_low, b_high);
+    device::mma_m16n8k8_tf32(product, a_high, b_low);
+    device::mma_m16n8k8_tf32(product, a_high, b_high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += product[i];
   }
 }
 

@@ -163,7 +163,7 @@ __device__ __forceinline__ void store_two(T* to, float low, float high) {
 
 // sum += A B^T [16, 8 TILES] of A's tile's rows from `row` on, the warp's, and all rows of B's, both D wide.
 // UNROLL: of its steps; few of them keep few addresses and fragments in registers.
-template <typename T, int D, int UNROLL = (D / kStep<T> <= 16 ? D / kStep<T> : 8), int TILES>
+template <typename T, int D, int UNROLL = (sizeof(T) == 4 ? 4 : D / kStep<T> <= 16 ? D / kStep<T> : 8), int TILES>
 __device__ __forceinline__ void multiply_rows(float (&sum)[TILES][4], T* a_tile, T* b_tile, int row = warp_row()) {
 #pragma unroll UNROLL
   for (int d = 0; d < D / kStep<T>; ++d) {
@@ -179,13 +179,18 @@ __device__ __forceinline__ void multiply_rows(float (&sum)[TILES][4], T* a_tile,
   }
 }
 
-// sum += P B [16, 8 OUT_TILES]: P [16, 8 TILES] an earlier product's accumulators, B the tile's first columns.
+// sum += P B [16, 8 OUT_TILES]: P [16, 8 TILES] an earlier product's accumulators, used up; B the tile's first columns.
+// fp32 goes step by step, the rest of P moving up: steps of an unrolled loop would be interleaved and spill.
 template <typename T, int D, int TILES, int OUT_TILES>
-__device__ __forceinline__ void multiply_columns(float (&sum)[OUT_TILES][4], const float (&p)[TILES][4], T* b_tile) {
-#pragma unroll
+__device__ __forceinline__ void multiply_columns(float (&sum)[OUT_TILES][4], float (&p)[TILES][4], T* b_tile) {
+#pragma unroll sizeof(T) == 4 ? 1 : 8 * TILES / kStep<T>
   for (int j = 0; j < 8 * TILES / kStep<T>; ++j) {
     uint32_t a[4];
-    to_a<T>(a, p, j);
+    to_a<T>(a, p, sizeof(T) == 4 ? 0 : j);
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4 * TILES - 4; ++i) p[i / 4][i % 4] = p[i / 4 + 1][i % 4];
+    }
 #pragma unroll
     for (int n = 0; n < OUT_TILES; n += 2) {
       uint32_t b[2][2];

@@ -13,6 +13,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 
 #ifdef TRANSFUSE_CUDA_ON_CPU
 #include "on_cpu/mma.h"  // the same functions, in tests/cuda_on_cpu
@@ -100,3 +101,27 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
 
 }  // namespace transfuse::device
 #endif
+
+namespace transfuse::device {
+
+template <typename T>
+constexpr int kChunk = 16 / sizeof(T);  // elements of 16 bytes
+template <typename T>
+constexpr int kStep = 2 * kChunk<T>;  // of K in one mma: 16, or 8 of tf32
+
+// fp32 x = high + low for a product in three steps, high in tf32. Of low's 12 bits or fewer a tensor core reads the
+// first 11: rounding would gain nothing. `high` may be `bits`.
+template <int N>
+__device__ __forceinline__ void split(uint32_t (&high)[N], uint32_t (&low)[N], const uint32_t (&bits)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    float x, h;
+    memcpy(&x, &bits[i], 4);
+    high[i] = to_tf32(x);
+    memcpy(&h, &high[i], 4);
+    x -= h;
+    memcpy(&low[i], &x, 4);
+  }
+}
+
+}  // namespace transfuse::device

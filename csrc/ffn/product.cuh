@@ -159,13 +159,13 @@ class Product {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         a_smem.load_a(a[i], warp_m() + i * 16, k);
-        if constexpr (sizeof(T) == 4) split(a[i], a_low[i]);
+        if constexpr (sizeof(T) == 4) device::split(a[i], a_low[i], a[i]);
       }
 #pragma unroll
       for (int j = 0; j < kColumns; j += 2) {
         uint32_t b[2][2], b_low[2][2];
         b_smem.load_b(b, warp_n() + j * 8, k);
-        if constexpr (sizeof(T) == 4) split(b[0], b_low[0]), split(b[1], b_low[1]);
+        if constexpr (sizeof(T) == 4) device::split(b[0], b_low[0], b[0]), device::split(b[1], b_low[1], b[1]);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
 #pragma unroll

@@ -16,10 +16,7 @@
 
 namespace transfuse::ffn {
 
-template <typename T>
-constexpr int kChunk = 16 / sizeof(T);  // elements of a chunk
-template <typename T>
-constexpr int kStep = 2 * kChunk<T>;  // of K in one mma: 16, or 8 of tf32
+using device::kChunk, device::kStep;
 
 template <typename T, int ROWS, int COLUMNS, bool INNER>
 struct Tile {
@@ -96,20 +93,6 @@ struct Tile {
     return bits;
   }
 };
-
-// x = high + low, high in tf32. Of low's 12 bits or fewer a tensor core reads the first 11: rounding would gain nothing.
-template <int N>
-__device__ __forceinline__ void split(uint32_t (&high)[N], uint32_t (&low)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    float x, h;
-    memcpy(&x, &high[i], 4);
-    high[i] = device::to_tf32(x);
-    memcpy(&h, &high[i], 4);
-    x -= h;
-    memcpy(&low[i], &x, 4);
-  }
-}
 
 // d += a b. fp32 takes three tf32 products, of which low * low would be below its last place (Ootomo, Yokota 2022). The
 // two smaller ones go to `small`, for with an infinite operand they are NaN or infinite where d is right (see `whole`).
