@@ -4,14 +4,11 @@
 // Outputs are allocated by Python and hold no meaning before the launch. An absent tensor is nullopt.
 #pragma once
 
-#include <optional>
-
 #include "launch.h"
 #include "tensor.h"
 
 namespace transfuse {
 
-using OptionalTensor = std::optional<TensorView>;
 
 // y = (s - mean(s)) * rstd * weight + bias over each row, s = x + residual rounded to x's dtype (x itself without one).
 void layer_norm_forward(const TensorView& x,              // (M, N), columns contiguous: float32, float16 or bfloat16

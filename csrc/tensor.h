@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace transfuse {
@@ -24,6 +25,10 @@ struct TensorView {
   template <typename T>
   T* as() const { return static_cast<T*>(data); }
 };
+
+using OptionalTensor = std::optional<TensorView>;
+
+inline const TensorView* present(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
 // "float16 (8, 768)", for messages.
 std::string describe(const TensorView& tensor);

@@ -9,7 +9,6 @@
 namespace transfuse {
 namespace {
 
-using attention::pointer;
 using attention::strided;
 
 // Tiles: dQ takes OUT / 2 registers a thread, S and dP LOOP / 2 together; shared memory stays within 99 KB.
@@ -75,13 +74,13 @@ void attention_backward(const TensorView& q, const TensorView& k, const TensorVi
   const Role written = q_starts ? Role::Updated : Role::Output;
   const Call call("attention_backward",
                   {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}, {"lse", &lse}, {"dout", &dout},
-                   {"dlse", pointer(dlse)}, {"statistics", &statistics, Role::Workspace}, {"dq", &dq, written},
-                   {"dk", &dk, written}, {"dv", &dv, written}, {"dbias", pointer(dbias), Role::Updated},
-                   {"dbias_partial", pointer(dbias_partial), Role::Output},
-                   {"dslopes", pointer(dslopes), Role::Updated}, {"dsinks", pointer(dsinks), Role::Updated},
-                   {"mask", pointer(mask)}, {"bias", pointer(bias)},
-                   {"slopes", pointer(slopes)}, {"sinks", pointer(sinks)}, {"q_starts", pointer(q_starts)},
-                   {"k_starts", pointer(k_starts)}, {"k_lengths", pointer(k_lengths)}, {"seed", pointer(seed)}});
+                   {"dlse", present(dlse)}, {"statistics", &statistics, Role::Workspace}, {"dq", &dq, written},
+                   {"dk", &dk, written}, {"dv", &dv, written}, {"dbias", present(dbias), Role::Updated},
+                   {"dbias_partial", present(dbias_partial), Role::Output},
+                   {"dslopes", present(dslopes), Role::Updated}, {"dsinks", present(dsinks), Role::Updated},
+                   {"mask", present(mask)}, {"bias", present(bias)},
+                   {"slopes", present(slopes)}, {"sinks", present(sinks)}, {"q_starts", present(q_starts)},
+                   {"k_starts", present(k_starts)}, {"k_lengths", present(k_lengths)}, {"seed", present(seed)}});
   attention::StatisticsParams p{};
   static_cast<attention::Problem&>(p) =
       attention::problem(call, q, k, v, mask, bias, slopes, q_starts, k_starts, k_lengths, seed, max_q, max_k, scale,
@@ -95,22 +94,22 @@ void attention_backward(const TensorView& q, const TensorView& k, const TensorVi
   require(attention::statistics_of(statistics, q) && statistics.sizes[3] == 2 && statistics.strides[3] == 1 &&
               statistics.strides[2] == 2,
           call, "statistics must be (batch, heads, rows, 2) in float32, rows contiguous");
-  require(partial_sums(pointer(dslopes), p) && partial_sums(pointer(dsinks), p), call,
+  require(partial_sums(present(dslopes), p) && partial_sums(present(dsinks), p), call,
           "dslopes and dsinks must be (batch, heads, tiles of 32 queries, 1) in float32");
-  require(attention::broadcasts(pointer(sinks), 1, q.sizes[1], 1, 1) && (!sinks || sinks->dtype == DType::Float32) &&
+  require(attention::broadcasts(present(sinks), 1, q.sizes[1], 1, 1) && (!sinks || sinks->dtype == DType::Float32) &&
               (!dsinks || sinks) && (!dslopes || slopes),
           call, "sinks must be (1, heads, 1, 1) in float32, and be there where dsinks is");
-  check_bias(pointer(dbias), pointer(dbias_partial), pointer(bias), p, call);
+  check_bias(present(dbias), present(dbias_partial), present(bias), p, call);
   if (int64_t(p.batch) * p.heads * max_q == 0) return;
 
   p.dout = strided(&dout), p.statistics = strided(&statistics);
   p.statistics.row = 2;  // of a single row too
   p.dq = strided(&dq), p.dk = strided(&dk), p.dv = strided(&dv);
-  p.dbias = strided(pointer(dbias)), p.dslopes = strided(pointer(dslopes));
+  p.dbias = strided(present(dbias)), p.dslopes = strided(present(dslopes));
   p.dbias_is_float = dbias && dbias->dtype == DType::Float32;
-  p.out = strided(&out), p.lse = strided(&lse), p.dlse = strided(pointer(dlse));
-  p.sinks = strided(pointer(sinks)), p.dsinks = strided(pointer(dsinks));
-  attention::with_dtype(q.dtype, [&](auto element) {
+  p.out = strided(&out), p.lse = strided(&lse), p.dlse = strided(present(dlse));
+  p.sinks = strided(present(sinks)), p.dsinks = strided(present(dsinks));
+  with_dtype(q.dtype, [&](auto element) {
     using T = decltype(element);
     launch_statistics<T>(p, call, target);
     choose_tiles<T>(p, call, target);

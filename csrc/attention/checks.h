@@ -5,11 +5,10 @@
 #include <cmath>
 
 #include "attention/scores.cuh"
+#include "dtypes.h"
 #include "launchers.h"
 
 namespace transfuse::attention {
-
-inline const TensorView* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
 inline Strided strided(const TensorView* t) {
   if (!t) return {};
@@ -61,7 +60,7 @@ inline Problem problem(const Call& call, const TensorView& q, const TensorView& 
     require(t->ndim == 4 && t->dtype == q.dtype && rows_align(*t), call,
             "q, k and v must be (batch, heads, rows, columns) of one dtype, with rows aligned to 16 bytes");
   }
-  require(q.dtype == DType::Float32 || q.dtype == DType::Float16 || q.dtype == DType::BFloat16, call,
+  require(is_floating(q.dtype), call,
           "q must be float32, float16 or bfloat16");
   require(q.sizes[3] == k.sizes[3] && q.sizes[3] <= 256 && v.sizes[3] <= 256, call,
           "q and k must be equally wide, they and v up to 256");
@@ -69,26 +68,26 @@ inline Problem problem(const Call& call, const TensorView& q, const TensorView& 
           "q's heads must be a multiple of k's, k and v agree in batch, heads and rows");
   const bool packed = q_starts.has_value();
   const int64_t batch = packed ? q_starts->sizes[0] - 1 : q.sizes[0];
-  require(packed == k_starts.has_value() && batch >= 0 && vector_of(pointer(q_starts), batch + 1, DType::Int32) &&
-              vector_of(pointer(k_starts), batch + 1, DType::Int32) &&
-              vector_of(pointer(k_lengths), batch, DType::Int32) && vector_of(pointer(seed), 2, DType::Int64),
+  require(packed == k_starts.has_value() && batch >= 0 && vector_of(present(q_starts), batch + 1, DType::Int32) &&
+              vector_of(present(k_starts), batch + 1, DType::Int32) &&
+              vector_of(present(k_lengths), batch, DType::Int32) && vector_of(present(seed), 2, DType::Int64),
           call, "starts and lengths must be contiguous int32, seed int64 (2)");
   require(packed ? q.sizes[0] == 1 && k.sizes[0] == 1
                  : max_q == q.sizes[2] && max_k == k.sizes[2] && k.sizes[0] == batch,
           call, "batch and lengths must agree");
   require(max_q <= INT_MAX / 2 && max_k <= INT_MAX / 2 && q.sizes[2] <= INT_MAX && k.sizes[2] <= INT_MAX, call,
           "lengths must fit 32 bits");
-  for (const TensorView* t : {pointer(mask), pointer(bias)}) {
+  for (const TensorView* t : {present(mask), present(bias)}) {
     require(broadcasts(t, batch, q.sizes[1], max_q, max_k), call, "mask and bias must broadcast to the scores");
   }
   require((!mask || mask->dtype == DType::Bool) && (!bias || bias->dtype == q.dtype || bias->dtype == DType::Float32),
           call, "mask must be bool, bias q's dtype or float32");
-  require(broadcasts(pointer(slopes), batch, q.sizes[1], 1, 1) && (!slopes || slopes->dtype == DType::Float32), call,
+  require(broadcasts(present(slopes), batch, q.sizes[1], 1, 1) && (!slopes || slopes->dtype == DType::Float32), call,
           "slopes must be (batch or 1, heads, 1, 1) in float32");
 
   Problem p{};
   p.q = strided(&q), p.k = strided(&k), p.v = strided(&v);
-  p.mask = strided(pointer(mask)), p.bias = strided(pointer(bias)), p.slopes = strided(pointer(slopes));
+  p.mask = strided(present(mask)), p.bias = strided(present(bias)), p.slopes = strided(present(slopes));
   p.q_starts = packed ? q_starts->as<int32_t>() : nullptr;
   p.k_starts = packed ? k_starts->as<int32_t>() : nullptr;
   p.k_lengths = k_lengths ? k_lengths->as<int32_t>() : nullptr;
@@ -111,19 +110,6 @@ inline Problem problem(const Call& call, const TensorView& q, const TensorView& 
 // Whether single scores are read or changed.
 inline bool rich(const Problem& p) {
   return p.mask.data || p.bias.data || p.slopes.data || p.seed || p.softcap > 0.0f;
-}
-
-// run(T{}) with q's element type.
-template <typename Run>
-void with_dtype(DType dtype, Run run) {
-  switch (dtype) {
-    case DType::Float32:
-      return run(float{});
-    case DType::Float16:
-      return run(__half{});
-    default:
-      return run(__nv_bfloat16{});
-  }
 }
 
 }  // namespace transfuse::attention

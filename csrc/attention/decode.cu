@@ -11,7 +11,6 @@ namespace transfuse {
 namespace {
 
 using attention::DecodeParams;
-using attention::pointer;
 using attention::strided;
 
 template <typename T, int D, int DV, int WARPS, int STAGES>
@@ -54,17 +53,17 @@ void attention_decode(const TensorView& q, const TensorView& k, const TensorView
                       float softcap, double dropout_p, const LaunchTarget& target) {
   const Call call("attention_decode",
                   {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out, Role::Output}, {"lse", &lse, Role::Output},
-                   {"partial_out", pointer(partial_out), Role::Workspace},
-                   {"partial_highest", pointer(partial_highest), Role::Workspace},
-                   {"partial_totals", pointer(partial_totals), Role::Workspace}, {"mask", pointer(mask)},
-                   {"bias", pointer(bias)}, {"slopes", pointer(slopes)}, {"sinks", pointer(sinks)},
-                   {"k_lengths", pointer(k_lengths)}, {"seed", pointer(seed)}});
+                   {"partial_out", present(partial_out), Role::Workspace},
+                   {"partial_highest", present(partial_highest), Role::Workspace},
+                   {"partial_totals", present(partial_totals), Role::Workspace}, {"mask", present(mask)},
+                   {"bias", present(bias)}, {"slopes", present(slopes)}, {"sinks", present(sinks)},
+                   {"k_lengths", present(k_lengths)}, {"seed", present(seed)}});
   require(!q_starts && !k_starts, call, "rows are packed nowhere here");
   DecodeParams p{attention::problem(call, q, k, v, mask, bias, slopes, q_starts, k_starts, k_lengths, seed, max_q, max_k,
                                     scale, left, right, first, softcap, dropout_p)};
   require(attention::like(out, q, v.sizes[3]), call, "out must be like q, as wide as v, with rows aligned to 16 bytes");
   require(attention::statistics_of(lse, q), call, "lse must be (batch, heads, rows, 1) in float32");
-  require(attention::broadcasts(pointer(sinks), 1, q.sizes[1], 1, 1) && (!sinks || sinks->dtype == DType::Float32), call,
+  require(attention::broadcasts(present(sinks), 1, q.sizes[1], 1, 1) && (!sinks || sinks->dtype == DType::Float32), call,
           "sinks must be (1, heads, 1, 1) in float32");
   p.rows = p.batch * q.sizes[1] * max_q;
   p.splits = 1;
@@ -89,9 +88,9 @@ void attention_decode(const TensorView& q, const TensorView& k, const TensorView
     p.partial_highest = partial_highest->as<float>(), p.partial_totals = partial_totals->as<float>();
   }
   if (p.rows == 0) return;
-  p.out = strided(&out), p.lse = strided(&lse), p.sinks = strided(pointer(sinks));
+  p.out = strided(&out), p.lse = strided(&lse), p.sinks = strided(present(sinks));
   p.rich = attention::rich(p);
-  attention::with_dtype(q.dtype, [&](auto element) { choose_tiles<decltype(element)>(p, call, target); });
+  with_dtype(q.dtype, [&](auto element) { choose_tiles<decltype(element)>(p, call, target); });
 }
 
 }  // namespace transfuse

@@ -11,7 +11,6 @@ namespace transfuse {
 namespace {
 
 using attention::ForwardParams;
-using attention::pointer;
 using attention::strided;
 
 template <typename T, int D, int DV, int BLOCK_M, int BLOCK_N, bool RICH>
@@ -62,21 +61,21 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
   const Role written = packed ? Role::Updated : Role::Output;  // packed: rows of no sequence keep what they hold
   const Call call("attention_forward",
                   {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out, written}, {"lse", &lse, written},
-                   {"mask", pointer(mask)}, {"bias", pointer(bias)}, {"slopes", pointer(slopes)},
-                   {"sinks", pointer(sinks)}, {"q_starts", pointer(q_starts)}, {"k_starts", pointer(k_starts)},
-                   {"k_lengths", pointer(k_lengths)}, {"seed", pointer(seed)}});
+                   {"mask", present(mask)}, {"bias", present(bias)}, {"slopes", present(slopes)},
+                   {"sinks", present(sinks)}, {"q_starts", present(q_starts)}, {"k_starts", present(k_starts)},
+                   {"k_lengths", present(k_lengths)}, {"seed", present(seed)}});
   ForwardParams p{};
   static_cast<attention::Problem&>(p) =
       attention::problem(call, q, k, v, mask, bias, slopes, q_starts, k_starts, k_lengths, seed, max_q, max_k, scale,
                          left, right, first, softcap, dropout_p);
   require(attention::like(out, q, v.sizes[3]), call, "out must be like q, as wide as v, with rows aligned to 16 bytes");
   require(attention::statistics_of(lse, q), call, "lse must be (batch, heads, rows, 1) in float32");
-  require(attention::broadcasts(pointer(sinks), 1, q.sizes[1], 1, 1) && (!sinks || sinks->dtype == DType::Float32),
+  require(attention::broadcasts(present(sinks), 1, q.sizes[1], 1, 1) && (!sinks || sinks->dtype == DType::Float32),
           call, "sinks must be (1, heads, 1, 1) in float32");
   if (p.batch * q.sizes[1] * max_q == 0) return;
-  p.out = strided(&out), p.lse = strided(&lse), p.sinks = strided(pointer(sinks));
+  p.out = strided(&out), p.lse = strided(&lse), p.sinks = strided(present(sinks));
   const int64_t rows = p.batch * q.sizes[1];
-  attention::with_dtype(q.dtype, [&](auto element) { choose_tiles<decltype(element)>(p, rows, call, target); });
+  with_dtype(q.dtype, [&](auto element) { choose_tiles<decltype(element)>(p, rows, call, target); });
 }
 
 }  // namespace transfuse

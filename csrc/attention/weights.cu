@@ -9,7 +9,6 @@
 namespace transfuse {
 namespace {
 
-using attention::pointer;
 using attention::strided;
 using attention::WeightsParams;
 
@@ -45,7 +44,7 @@ void attention_weights(const TensorView& q, const TensorView& k, const TensorVie
                        float scale, int left, int right, std::optional<int> first, float softcap, double dropout_p,
                        const LaunchTarget& target) {
   const Call call("attention_weights", {{"q", &q}, {"k", &k}, {"lse", &lse}, {"weights", &weights, Role::Output},
-                                        {"mask", pointer(mask)}, {"bias", pointer(bias)}, {"slopes", pointer(slopes)}});
+                                        {"mask", present(mask)}, {"bias", present(bias)}, {"slopes", present(slopes)}});
   require(!sinks && !q_starts && !k_starts && !k_lengths && !seed, call, "sinks are in lse; rows are dense, none drops");
   WeightsParams p{attention::problem(call, q, k, k, mask, bias, slopes, q_starts, k_starts, k_lengths, seed, max_q,
                                      max_k, scale, left, right, first, softcap, dropout_p)};
@@ -60,7 +59,7 @@ void attention_weights(const TensorView& q, const TensorView& k, const TensorVie
   const int64_t both = q.dtype == DType::Float32 ? 8 : 4;
   p.pairs = reinterpret_cast<uintptr_t>(weights.data) % both == 0;
   for (int d = 0; d < 3; ++d) p.pairs = p.pairs && (weights.sizes[d] == 1 || weights.strides[d] % 2 == 0);
-  attention::with_dtype(q.dtype, [&](auto element) { choose_tiles<decltype(element)>(p, call, target); });
+  with_dtype(q.dtype, [&](auto element) { choose_tiles<decltype(element)>(p, call, target); });
 }
 
 }  // namespace transfuse

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "dtypes.h"
 #include "launchers.h"
 
 namespace transfuse {
@@ -25,7 +26,7 @@ void check_output(const TensorView& t, const TensorView& first, const Call& call
 }
 
 void check_first(const TensorView& t, int query, const Call& call) {
-  require(t.dtype == DType::Float32 || t.dtype == DType::Float16 || t.dtype == DType::BFloat16, call,
+  require(is_floating(t.dtype), call,
           "the first tensor must be float32, float16 or bfloat16");
   require(t.ndim >= 2, call, "tensors must be (rows..., keys)");
   require(query >= -1 && query < t.ndim - 1, call, "the dimension of queries must be a row dimension or -1");
@@ -132,8 +133,8 @@ void check_sums(const TensorView& sums, const BackwardParams& p, DType dtype, co
 void causal_softmax_forward(const TensorView& scores, const OptionalTensor& mask, const OptionalTensor& bias,
                             const TensorView& out, float scale, int query, int64_t diagonal,
                             const LaunchTarget& target) {
-  const TensorView* m = mask ? &*mask : nullptr;
-  const TensorView* b = bias ? &*bias : nullptr;
+  const TensorView* m = present(mask);
+  const TensorView* b = present(bias);
   const Call call("causal_softmax_forward",
                   {{"scores", &scores}, {"mask", m}, {"bias", b}, {"out", &out, Role::Output}});
   check_first(scores, query, call);
@@ -154,22 +155,15 @@ void causal_softmax_forward(const TensorView& scores, const OptionalTensor& mask
   if (p.M == 0 || p.grid.N == 0) return;
 
   const bool wide_bias = b && b->dtype == DType::Float32;
-  switch (scores.dtype) {
-    case DType::Float32:
-      return launch_forward<float, float>(p, vec, call, target);
-    case DType::Float16:
-      return wide_bias ? launch_forward<__half, float>(p, vec, call, target)
-                       : launch_forward<__half, __half>(p, vec, call, target);
-    default:
-      return wide_bias ? launch_forward<__nv_bfloat16, float>(p, vec, call, target)
-                       : launch_forward<__nv_bfloat16, __nv_bfloat16>(p, vec, call, target);
-  }
+  with_dtypes(scores.dtype, wide_bias, [&](auto element, auto bias) {
+    launch_forward<decltype(element), decltype(bias)>(p, vec, call, target);
+  });
 }
 
 void causal_softmax_backward(const TensorView& dout, const TensorView& out, const TensorView& dscores,
                              const OptionalTensor& sums, int group_dims, int64_t members_a_chunk, float scale,
                              int query, int64_t diagonal, const LaunchTarget& target) {
-  const TensorView* s = sums ? &*sums : nullptr;
+  const TensorView* s = present(sums);
   // The loop kernel adds member after member in `sums` itself.
   const bool added_up = members_a_chunk > 1 && dout.sizes[dout.ndim - 1] > kMaxColumns<kBackwardElements<1>>;
   const Call call("causal_softmax_backward", {{"dout", &dout},
@@ -204,16 +198,9 @@ void causal_softmax_backward(const TensorView& dout, const TensorView& out, cons
   }
 
   const bool wide_sums = s && s->dtype == DType::Float32;
-  switch (dout.dtype) {
-    case DType::Float32:
-      return launch_backward<float, float>(p, vec, call, target);
-    case DType::Float16:
-      return wide_sums ? launch_backward<__half, float>(p, vec, call, target)
-                       : launch_backward<__half, __half>(p, vec, call, target);
-    default:
-      return wide_sums ? launch_backward<__nv_bfloat16, float>(p, vec, call, target)
-                       : launch_backward<__nv_bfloat16, __nv_bfloat16>(p, vec, call, target);
-  }
+  with_dtypes(dout.dtype, wide_sums, [&](auto element, auto sum) {
+    launch_backward<decltype(element), decltype(sum)>(p, vec, call, target);
+  });
 }
 
 }  // namespace transfuse

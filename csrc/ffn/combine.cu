@@ -40,7 +40,7 @@ void ffn_combine(const TensorView& c, const OptionalTensor& g, int rows_a_block,
                    {"sums", ends.sums, Role::Output}, {"seed", ends.seed}});
   require(ends.out || ends.up, call, "there is nothing to write");
   const DType dtype = ends.out ? ends.out->dtype : ends.up->dtype;
-  require(dtype == DType::Float32 || dtype == DType::Float16 || dtype == DType::BFloat16, call,
+  require(is_floating(dtype), call,
           "out must be float32, float16 or bfloat16");
   require(c.ndim == 3 && (c.dtype == DType::Float32 || c.dtype == dtype), call,
           "c must be (parts, rows, columns) in float32 or out's dtype");
@@ -63,14 +63,7 @@ void ffn_combine(const TensorView& c, const OptionalTensor& g, int rows_a_block,
   p.end = end_params(ends, M, N, dtype, backward ? gate.has_value() : g.has_value(),
                      (M + rows_a_block - 1) / rows_a_block, call);
   if (M == 0 || N == 0) return;
-  switch (dtype) {
-    case DType::Float32:
-      return launch_combine<float>(p, c.dtype, call, target);
-    case DType::Float16:
-      return launch_combine<__half>(p, c.dtype, call, target);
-    default:
-      return launch_combine<__nv_bfloat16>(p, c.dtype, call, target);
-  }
+  with_dtype(dtype, [&](auto element) { launch_combine<decltype(element)>(p, c.dtype, call, target); });
 }
 
 }  // namespace transfuse

@@ -4,13 +4,12 @@
 #include <climits>
 #include <cmath>
 
+#include "dtypes.h"
 #include "error.h"
 #include "ffn/ends.cuh"
 #include "launchers.h"
 
 namespace transfuse::ffn {
-
-inline const TensorView* present(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
 struct EndTensors {
   const TensorView *out, *bias, *up, *gate, *dgate, *hidden, *sums, *seed;

@@ -41,7 +41,7 @@ void ffn_product(int layout, int tile, int splits, const TensorView& a, const Te
                    {"up", ends.up, ends.saved()}, {"gate", ends.gate, ends.saved()},
                    {"dgate", ends.dgate, Role::Output}, {"hidden", ends.hidden, Role::Output},
                    {"sums", ends.sums, Role::Output}, {"seed", ends.seed}});
-  require(a.dtype == DType::Float32 || a.dtype == DType::Float16 || a.dtype == DType::BFloat16, call,
+  require(is_floating(a.dtype), call,
           "a must be float32, float16 or bfloat16");
   const int tiles = layout == kWeight ? 1 : kTiles;
   require(layout >= kForward && layout <= kWeight && tile >= 0 && tile < tiles && splits >= 1, call,
@@ -70,14 +70,7 @@ void ffn_product(int layout, int tile, int splits, const TensorView& a, const Te
     p.columns = check_partials(*partials, (b_gate ? 2 : 1) * int64_t{splits}, p.end, call);
   }
   const ProductCall how{p, call, target, layout, tile};
-  switch (a.dtype) {
-    case DType::Float32:
-      return launch_product<float>(how);
-    case DType::Float16:
-      return launch_product<__half>(how);
-    default:
-      return launch_product<__nv_bfloat16>(how);
-  }
+  with_dtype(a.dtype, [&](auto element) { launch_product<decltype(element)>(how); });
 }
 
 }  // namespace transfuse

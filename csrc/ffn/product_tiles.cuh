@@ -1,4 +1,4 @@
-// Which tiles the product comes in; python/transfuse/ops/ffn/cuda_tiles.py chooses among them by their number.
+// Which tiles the product comes in; python/transfuse/ops/ffn/cuda_plans.py chooses among them by their number.
 //
 //   number  16 bits         fp32           for
 //   0       128 x 128 x 32  128 x 64 x 16  products with tiles enough for every multiprocessor; 64 x 64 (64 x 32) of

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "dtypes.h"
 #include "launch.h"
 #include "tensor.h"
 
@@ -24,7 +25,7 @@ inline void check_vector(const TensorView& t, int64_t length, DType first, DType
 
 // `x` is what the others are like: x itself in forward, summed in backward.
 inline void check_first(const TensorView& x, const Call& call) {
-  require(x.dtype == DType::Float32 || x.dtype == DType::Float16 || x.dtype == DType::BFloat16, call,
+  require(is_floating(x.dtype), call,
           "x must be float32, float16 or bfloat16");
   require(x.ndim == 2, call, "x must be (rows, columns)");
 }
@@ -40,7 +41,5 @@ inline bool starts_align(const TensorView* t) { return !t || reinterpret_cast<ui
 
 // More rows than blocks is no error: the kernels stride over them.
 inline dim3 blocks(int64_t rows) { return dim3(static_cast<unsigned>(std::min<int64_t>(rows, INT_MAX))); }
-
-inline const TensorView* present(const std::optional<TensorView>& t) { return t ? &*t : nullptr; }
 
 }  // namespace transfuse::norm

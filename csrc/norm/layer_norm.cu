@@ -77,16 +77,9 @@ void forward(const Tensors& t, float eps, const Call& call, const LaunchTarget& 
                        norm::starts_align(t.weight) && norm::starts_align(t.bias);
   const TensorView* parameter = t.weight ? t.weight : t.bias;
   const bool wide_parameters = parameter && parameter->dtype == DType::Float32;
-  switch (t.x.dtype) {
-    case DType::Float32:
-      return choose_access<float, float>(p, aligned, call, target);
-    case DType::Float16:
-      return wide_parameters ? choose_access<__half, float>(p, aligned, call, target)
-                             : choose_access<__half, __half>(p, aligned, call, target);
-    default:
-      return wide_parameters ? choose_access<__nv_bfloat16, float>(p, aligned, call, target)
-                             : choose_access<__nv_bfloat16, __nv_bfloat16>(p, aligned, call, target);
-  }
+  with_dtypes(t.x.dtype, wide_parameters, [&](auto element, auto parameter) {
+    choose_access<decltype(element), decltype(parameter)>(p, aligned, call, target);
+  });
 }
 
 }  // namespace
@@ -94,8 +87,8 @@ void forward(const Tensors& t, float eps, const Call& call, const LaunchTarget& 
 void layer_norm_forward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight,
                         const OptionalTensor& bias, const TensorView& y, const OptionalTensor& summed,
                         const TensorView& mean, const TensorView& rstd, float eps, const LaunchTarget& target) {
-  const Tensors t{x, norm::present(residual), norm::present(weight), norm::present(bias),
-                  y, norm::present(summed),   &mean,                 rstd};
+  const Tensors t{x, present(residual), present(weight), present(bias),
+                  y, present(summed),   &mean,                 rstd};
   const Call call("layer_norm_forward", {{"x", &x},
                                          {"residual", t.residual},
                                          {"weight", t.weight},
@@ -110,7 +103,7 @@ void layer_norm_forward(const TensorView& x, const OptionalTensor& residual, con
 void rms_norm_forward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight,
                       const TensorView& y, const OptionalTensor& summed, const TensorView& rstd, float eps,
                       const LaunchTarget& target) {
-  const Tensors t{x, norm::present(residual), norm::present(weight), nullptr, y, norm::present(summed), nullptr, rstd};
+  const Tensors t{x, present(residual), present(weight), nullptr, y, present(summed), nullptr, rstd};
   const Call call("rms_norm_forward", {{"x", &x},
                                        {"residual", t.residual},
                                        {"weight", t.weight},

@@ -93,16 +93,9 @@ void backward(const Tensors& t, const Call& call, const LaunchTarget& target) {
                        norm::rows_align(&t.summed, vec) && norm::rows_align(&t.dx, vec) &&
                        norm::starts_align(t.weight) && norm::starts_align(t.dweight) && norm::starts_align(t.dbias);
   const bool wide_weight = t.weight && t.weight->dtype == DType::Float32;
-  switch (t.summed.dtype) {
-    case DType::Float32:
-      return choose_access<float, float>(p, aligned, call, target);
-    case DType::Float16:
-      return wide_weight ? choose_access<__half, float>(p, aligned, call, target)
-                         : choose_access<__half, __half>(p, aligned, call, target);
-    default:
-      return wide_weight ? choose_access<__nv_bfloat16, float>(p, aligned, call, target)
-                         : choose_access<__nv_bfloat16, __nv_bfloat16>(p, aligned, call, target);
-  }
+  with_dtypes(t.summed.dtype, wide_weight, [&](auto element, auto weight) {
+    choose_access<decltype(element), decltype(weight)>(p, aligned, call, target);
+  });
 }
 
 }  // namespace
@@ -111,9 +104,9 @@ void layer_norm_backward(const TensorView& dout, const OptionalTensor& dsummed, 
                          const OptionalTensor& weight, const TensorView& mean, const TensorView& rstd,
                          const TensorView& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
                          const LaunchTarget& target) {
-  const Tensors t{dout,  norm::present(dsummed), summed, norm::present(weight),
-                  &mean, rstd,                   dx,     norm::present(dweight),
-                  norm::present(dbias)};
+  const Tensors t{dout,  present(dsummed), summed, present(weight),
+                  &mean, rstd,                   dx,     present(dweight),
+                  present(dbias)};
   const Call call("layer_norm_backward",
                   {{"dout", &dout}, {"dsummed", t.dsummed}, {"summed", &summed}, {"weight", t.weight}, {"mean", &mean},
                    {"rstd", &rstd}, {"dx", &dx, Role::Output}, {"dweight", t.dweight, Role::Output}, {"dbias", t.dbias, Role::Output}});
@@ -123,8 +116,8 @@ void layer_norm_backward(const TensorView& dout, const OptionalTensor& dsummed, 
 void rms_norm_backward(const TensorView& dout, const OptionalTensor& dsummed, const TensorView& summed,
                        const OptionalTensor& weight, const TensorView& rstd, const TensorView& dx,
                        const OptionalTensor& dweight, const LaunchTarget& target) {
-  const Tensors t{dout, norm::present(dsummed), summed, norm::present(weight), nullptr, rstd, dx,
-                  norm::present(dweight), nullptr};
+  const Tensors t{dout, present(dsummed), summed, present(weight), nullptr, rstd, dx,
+                  present(dweight), nullptr};
   const Call call("rms_norm_backward",
                   {{"dout", &dout}, {"dsummed", t.dsummed}, {"summed", &summed}, {"weight", t.weight}, {"rstd", &rstd},
                    {"dx", &dx, Role::Output}, {"dweight", t.dweight, Role::Output}});
@@ -133,8 +126,8 @@ void rms_norm_backward(const TensorView& dout, const OptionalTensor& dsummed, co
 
 void norm_weight_sums(const OptionalTensor& dweight_partial, const OptionalTensor& dbias_partial,
                       const OptionalTensor& dweight, const OptionalTensor& dbias, const LaunchTarget& target) {
-  const TensorView* partials[2] = {norm::present(dweight_partial), norm::present(dbias_partial)};
-  const TensorView* outs[2] = {norm::present(dweight), norm::present(dbias)};
+  const TensorView* partials[2] = {present(dweight_partial), present(dbias_partial)};
+  const TensorView* outs[2] = {present(dweight), present(dbias)};
   const Call call("norm_weight_sums", {{"dweight_partial", partials[0]}, {"dbias_partial", partials[1]},
                                        {"dweight", outs[0], Role::Output}, {"dbias", outs[1], Role::Output}});
   norm::WeightSumsParams p{};
@@ -143,7 +136,7 @@ void norm_weight_sums(const OptionalTensor& dweight_partial, const OptionalTenso
     require(!partials[i] == !outs[i], call, "partial sums and sums come together");
     if (!outs[i]) continue;
     const TensorView& out = *outs[i];
-    require(out.dtype == DType::Float32 || out.dtype == DType::Float16 || out.dtype == DType::BFloat16, call,
+    require(is_floating(out.dtype), call,
             "dweight and dbias must be float32, float16 or bfloat16");
     norm::check_vector(out, out.sizes[0], out.dtype, out.dtype, call);
     const int64_t groups = check_partials(*partials[i], out.sizes[0], call);
@@ -160,14 +153,9 @@ void norm_weight_sums(const OptionalTensor& dweight_partial, const OptionalTenso
   if (p.N == 0) return;
   const dim3 grid(static_cast<unsigned>((p.N + device::kWarp - 1) / device::kWarp), 2);
   const dim3 block(device::kWarp, device::kWarp);
-  switch (dtype) {
-    case DType::Float32:
-      return launch(call, target, grid, block, 0, norm::norm_weight_sums<float>, p);
-    case DType::Float16:
-      return launch(call, target, grid, block, 0, norm::norm_weight_sums<__half>, p);
-    default:
-      return launch(call, target, grid, block, 0, norm::norm_weight_sums<__nv_bfloat16>, p);
-  }
+  with_dtype(dtype, [&](auto element) {
+    launch(call, target, grid, block, 0, norm::norm_weight_sums<decltype(element)>, p);
+  });
 }
 
 }  // namespace transfuse

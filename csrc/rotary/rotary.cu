@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <climits>
 
+#include "dtypes.h"
 #include "launchers.h"
 
 namespace transfuse {
@@ -16,16 +17,10 @@ using rotary::Rows;
 // From so many tokens on they fill a GPU with blocks that go through all heads of a token.
 constexpr int64_t kManyTokens = 2048;
 
-const TensorView* pointer(const OptionalTensor& t) { return t ? &*t : nullptr; }
-
 Rows rows(const TensorView* t) {
   if (!t) return {};
   const auto stride = [&](int d) { return t->sizes[d] == 1 ? 0 : t->strides[d]; };
   return {t->data, stride(0), stride(1), stride(2), stride(3), t->dtype};
-}
-
-bool is_floating(DType dtype) {
-  return dtype == DType::Float32 || dtype == DType::Float16 || dtype == DType::BFloat16;
 }
 
 // 16-byte accesses to packs of `n` elements, at every multiple of n of every row.
@@ -67,15 +62,15 @@ void rotary_append(const OptionalTensor& q, const TensorView& k, const OptionalT
   // A whole tensor rather than places in a cache: all of it is written.
   const bool whole = !starts && start == 0 && k_out.ndim == 4 && k.ndim == 4 && k_out.sizes[1] == k.sizes[1];
   const Role written = whole ? Role::Output : Role::Updated;
-  const Call call("rotary_append", {{"q", pointer(q)}, {"k", &k}, {"v", pointer(v)}, {"cos", pointer(cos)},
-                                    {"sin", pointer(sin)}, {"q_out", pointer(q_out), Role::Output},
-                                    {"k_out", &k_out, written}, {"v_out", pointer(v_out), written},
-                                    {"starts", pointer(starts)}});
+  const Call call("rotary_append", {{"q", present(q)}, {"k", &k}, {"v", present(v)}, {"cos", present(cos)},
+                                    {"sin", present(sin)}, {"q_out", present(q_out), Role::Output},
+                                    {"k_out", &k_out, written}, {"v_out", present(v_out), written},
+                                    {"starts", present(starts)}});
   require(q.has_value() == q_out.has_value() && v.has_value() == v_out.has_value() &&
               cos.has_value() == sin.has_value(),
           call, "q and q_out, v and v_out, cos and sin must come together");
-  for (const TensorView* t : {pointer(q), &k, pointer(v), pointer(q_out), &k_out, pointer(v_out), pointer(cos),
-                              pointer(sin)}) {
+  for (const TensorView* t : {present(q), &k, present(v), present(q_out), &k_out, present(v_out), present(cos),
+                              present(sin)}) {
     require(!t || (t->ndim == 4 && is_floating(t->dtype)), call,
             "tensors must be (batch, tokens, heads, columns) of float32, float16 or bfloat16");
   }
@@ -99,9 +94,9 @@ void rotary_append(const OptionalTensor& q, const TensorView& k, const OptionalT
           call, "heads and columns must fit 32 bits");
 
   Params p{};
-  p.q = rows(pointer(q)), p.k = rows(&k), p.v = rows(pointer(v));
-  p.q_out = rows(pointer(q_out)), p.k_out = rows(&k_out), p.v_out = rows(pointer(v_out));
-  p.cos = rows(pointer(cos)), p.sin = rows(pointer(sin));
+  p.q = rows(present(q)), p.k = rows(&k), p.v = rows(present(v));
+  p.q_out = rows(present(q_out)), p.k_out = rows(&k_out), p.v_out = rows(present(v_out));
+  p.cos = rows(present(cos)), p.sin = rows(present(sin));
   if (starts) p.starts = {starts->data, starts->strides[0], 0, 0, 0, starts->dtype};
   p.start = start, p.all_tokens = k.sizes[0] * k.sizes[1], p.length = k.sizes[1], p.room = k_out.sizes[1];
   p.q_heads = q ? static_cast<int>(q->sizes[2]) : 0;
@@ -115,18 +110,11 @@ void rotary_append(const OptionalTensor& q, const TensorView& k, const OptionalT
 
   const int64_t n = k.dtype == DType::Float32 ? 4 : 8;
   bool aligned = p.half % n == 0 && k_out.dtype == k.dtype && (!v || v_out->dtype == k.dtype);
-  for (const TensorView* t : {pointer(q), &k, pointer(v), pointer(q_out), &k_out, pointer(v_out), pointer(cos),
-                              pointer(sin)}) {
+  for (const TensorView* t : {present(q), &k, present(v), present(q_out), &k_out, present(v_out), present(cos),
+                              present(sin)}) {
     aligned = aligned && packs_align(t, n);
   }
-  switch (k.dtype) {
-    case DType::Float32:
-      return choose_pack<float>(p, aligned, call, target);
-    case DType::Float16:
-      return choose_pack<__half>(p, aligned, call, target);
-    default:
-      return choose_pack<__nv_bfloat16>(p, aligned, call, target);
-  }
+  with_dtype(k.dtype, [&](auto element) { choose_pack<decltype(element)>(p, aligned, call, target); });
 }
 
 }  // namespace transfuse
