@@ -1,5 +1,6 @@
 // The warp's collective functions and the instructions that csrc/device wraps, by the words of the PTX ISA.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cuda_bf16.h"
@@ -89,11 +90,18 @@ void unpack(Matrix kind, uint32_t bits, float* to) {
   }
 }
 
+float rounded_toward_zero(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::isfinite(nearest) && std::fabs(nearest) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// Sums are exact within an instruction and rounded toward zero at its end, as tensor cores round.
 void multiply(void* const* operands, unsigned, void* argument) {
   const MmaShape shape = *static_cast<MmaShape*>(argument);
   const int wide = shape.kind == Matrix::TF32 ? 1 : 2;  // elements of a register
   const int registers = shape.k / (4 * wide);           // of B; A has twice as many
-  float a[16][16], b[16][8], d[16][8];
+  float a[16][16], b[16][8];
+  double d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& mine = *static_cast<const MmaOperands*>(operands[lane]);
     const int group = lane / 4, in_group = lane % 4;
@@ -110,12 +118,14 @@ void multiply(void* const* operands, unsigned, void* argument) {
   }
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < shape.k; ++k) {
-      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+      for (int column = 0; column < 8; ++column) d[row][column] += double{a[row][k]} * b[k][column];
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
-    for (int i = 0; i < 4; ++i)
-      static_cast<const MmaOperands*>(operands[lane])->d[i] = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
+    for (int i = 0; i < 4; ++i) {
+      const double sum = d[lane / 4 + 8 * (i / 2)][lane % 4 * 2 + i % 2];
+      static_cast<const MmaOperands*>(operands[lane])->d[i] = rounded_toward_zero(sum);
+    }
   }
 }
 
