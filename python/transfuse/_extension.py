@@ -120,6 +120,14 @@ def target(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; a few where kernels run on the CPU, so that small inputs have several tiles for each."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     stand_in = os.environ.get(_ON_CPU)
     if stand_in:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from transfuse._extension import multiprocessors
+
 CUBLAS = -1
 """In the place of a tile: torch's matmul, and what stands at the product's end as a kernel of its own."""
 
@@ -91,9 +93,3 @@ def _fuses_up_to(device: torch.device) -> int:
 def _blocks(M: int, N: int, dtype: torch.dtype, kind: str, tile: int) -> int:
     block_m, block_n, _ = tiles(dtype)[tile]
     return -(-M // block_m) * -(-N // (block_n // 2 if kind == "gated" else block_n))
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; a few where kernels run on the CPU."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from transfuse import _extension
@@ -131,12 +129,5 @@ def _groups(rows: int, hidden: int, device: torch.device) -> int:
     """
     threads = 128 if hidden <= 512 else -(-hidden // 512) * 32
     tiles = -(-rows // 4) if hidden <= 512 else rows
-    multiprocessors = _multiprocessors(device)
+    multiprocessors = _extension.multiprocessors(device)
     return min(tiles, max(multiprocessors, min(512 * multiprocessors // threads, tiles // 8)), 2**31 - 1)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2  # kernels that run on the CPU
-    return torch.cuda.get_device_properties(device).multi_processor_count
