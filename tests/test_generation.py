@@ -461,7 +461,7 @@ def test_encoder_decoder_mistakes(seq2seq):
     for arguments, message in [
         ({"decoder_input_ids": ids[:1]}, "decoder_input_ids must have 2 rows like input_ids, got 1"),
         ({"decoder_start_token_id": V}, "decoder_start_token_id must be at least 0 and below"),
-        ({"decoder_start_token_id": 1.5}, "decoder_start_token_id must be a token id, got 1.5"),
+        ({"decoder_start_token_id": 1.5}, "decoder_start_token_id must be a token id of at least 0, got 1.5"),
     ]:
         with pytest.raises(ArgumentError, match=message):
             generate(seq2seq, ids, **arguments)

@@ -90,7 +90,7 @@ def test_numbers_larger_than_a_tensor_holds(number):
 
 
 @pytest.mark.parametrize("value", [[], (3, 4), b"ab", "a"], ids=repr)
-@pytest.mark.parametrize("name", ["forced_bos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "pad_token_id", "decoder_start_token_id"])
 def test_one_id_where_one_is_meant(name, value):
     with pytest.raises(ArgumentError, match=f"{name} must be a token id of at least 0, got "):
         build(make_config("decoder")).generate(IDS, **{name: value})

@@ -55,7 +55,7 @@ def test_dtypes_that_parameters_cannot_have(dtype):
         Encoder(make_config("encoder"), dtype=dtype)
 
 
-@pytest.mark.parametrize("folder", ["", None, 3, ["a"], b"a"], ids=repr)
+@pytest.mark.parametrize("folder", ["", None, 3, ["a"], b"a", "a\0"], ids=repr)
 def test_folders_without_a_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArgumentError, match="save_pretrained: expected the name of a folder, got "):

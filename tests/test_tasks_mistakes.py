@@ -87,8 +87,9 @@ def test_one_label_to_ignore(tokenizer):  # noqa: F811
     model.labels = ("NO",)
     assert tasks.token_classify(model, tokenizer, "a", ignore="NO") == [[]]
     assert tasks.token_classify(model, tokenizer, "a", ignore="NONE") != [[]]
-    with pytest.raises(ArgumentError, match="token_classify: ignore must be labels, got 3"):
-        tasks.token_classify(model, tokenizer, "a", ignore=3)
+    for ignore in (3, b"NO", [None], torch.tensor(1)):
+        with pytest.raises(ArgumentError, match="token_classify: ignore must be labels, got "):
+            tasks.token_classify(model, tokenizer, "a", ignore=ignore)
 
 
 @pytest.mark.parametrize("pooling", [["mean"], {}, None], ids=repr)

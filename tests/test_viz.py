@@ -128,6 +128,26 @@ def test_save_refuses_other_endings(tmp_path):
         viz.save(viz.attention_heatmap(torch.eye(2)), tmp_path / "map.docx")
 
 
+@pytest.mark.parametrize("path", [None, 3, "a\0.png"], ids=repr)
+def test_save_refuses_what_names_no_file(path):
+    with pytest.raises(ArgumentError, match="save: expected the name of a file, got "):
+        viz.save(viz.attention_heatmap(torch.eye(2)), path)
+
+
+def test_save_writes_a_whole_file_or_none(tmp_path):
+    class Torn:
+        def savefig(self, path, **options):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    old = viz.save(viz.attention_heatmap(torch.eye(2)), tmp_path / "map.svg").read_bytes()
+    for name in ("map.svg", "new.png"):
+        with pytest.raises(OSError, match="No space left"):
+            viz.save(Torn(), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["map.svg"]
+    assert (tmp_path / "map.svg").read_bytes() == old
+
+
 @pytest.mark.parametrize("figure", [None, "map", torch.eye(2)], ids=["None", "text", "tensor"])
 def test_save_refuses_what_is_no_figure(tmp_path, figure):
     with pytest.raises(ArgumentError, match="save: expected a figure, got "):

@@ -12,6 +12,8 @@ state, safe in threads and on servers. :func:`save` writes it as PNG or SVG (by 
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -249,7 +251,7 @@ def bias_plot(bias: Array, *, title: str = "Relative position bias") -> Figure:
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
-    """Write a figure; the file's ending gives the format.
+    """Write a figure, whole or not at all; the file's ending gives the format.
 
     Args:
         figure: from a function above.
@@ -257,7 +259,7 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
         dpi: pixels per inch of a PNG.
 
     Raises:
-        ArgumentError: another ending, or no figure.
+        ArgumentError: another ending, no name of a file, or no figure.
         OSError: the file cannot be written.
 
     >>> import tempfile
@@ -266,10 +268,15 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 150) -> Path:
     """
     if not hasattr(figure, "savefig"):
         raise ArgumentError(f"save: expected a figure, got {figure!r}; attention_heatmap, head_grid, ... make them")
+    if not isinstance(path, (str, os.PathLike)) or "\0" in str(path):
+        raise ArgumentError(f"save: expected the name of a file, got {path!r}")
     path = Path(path)
     check_ending(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi, facecolor="white")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as scratch:
+        new = Path(scratch) / path.name
+        figure.savefig(new, dpi=dpi, facecolor="white")
+        new.replace(path)
     return path
 
 

@@ -250,7 +250,7 @@ class GenerationConfig:
         _within("length_penalty", self.length_penalty, "between -50 and 50", lambda v: -50.0 <= v <= 50.0)
 
     def _check_ids(self) -> None:
-        for name in ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id", "pad_token_id"):
+        for name in (name for name in Knobs.__annotations__ if name.endswith("_token_id")):
             value = getattr(self, name)
             several = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and "eos" in name
             for i in value if several else () if value is None else (value,):

@@ -162,7 +162,7 @@ def save_pretrained(
     ...     sorted(os.listdir(folder))
     ['config.json', 'model.safetensors']
     """
-    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder) or "\0" in str(folder):
         raise ArgumentError(f"save_pretrained: expected the name of a folder, got {folder!r}")
     task = _task_of(model)
     if model.device.type == "meta":

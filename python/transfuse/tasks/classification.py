@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -149,7 +149,7 @@ def token_classify(
     texts = as_texts("token_classify: texts", texts)
     if isinstance(ignore, str):
         ignore = (ignore,)
-    if not isinstance(ignore, Collection):
+    if not isinstance(ignore, Sequence | Set) or not all(isinstance(label, str) for label in ignore):
         raise ArgumentError(f"token_classify: ignore must be labels, got {ignore!r}")
     if max_length is not None:
         at_least("token_classify", "max_length", max_length)
