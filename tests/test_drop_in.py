@@ -138,6 +138,10 @@ class Scaled(torch.Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["inner"], None
 
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_: Any) -> Scaled:
+        return Scaled(inner["inner"])
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear:
@@ -403,7 +407,8 @@ def share_the_work(rank: int, processes: int, folder: str) -> None:
 
         model: Any = whole()
         transfuse.patch(model)
-        DistributedDataParallel(model)(own).square().mean().backward()
+        wrapped: nn.Module = DistributedDataParallel(model)
+        wrapped(own).square().mean().backward()
         same([p.grad for p in model.parameters()])
         model = whole()
         transfuse.patch(model)
