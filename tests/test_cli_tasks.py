@@ -276,6 +276,11 @@ def test_help_to_a_closed_pipe_is_quiet(arguments):
     assert (result.returncode, result.stderr) == (141, "")
 
 
+def heed_interrupts():
+    """For a child process: one that was started in the background of a shell would inherit that they are ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("command", [["-m", "transfuse"], ["transfuse"]], ids=["module", "script"])
 def test_interrupt_while_torch_is_imported_leaves_no_traceback(tmp_path, command):
     (tmp_path / "torch").mkdir()
@@ -285,7 +290,7 @@ def test_interrupt_while_torch_is_imported_leaves_no_traceback(tmp_path, command
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{package}"}
     process = subprocess.Popen(
         [sys.executable, *command, "--help"], cwd=tmp_path if command == ["transfuse"] else None, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "importing\n"
@@ -296,4 +301,5 @@ def test_interrupt_while_torch_is_imported_leaves_no_traceback(tmp_path, command
 
 def test_importing_the_package_leaves_interrupts_alone():
     code = "import signal, transfuse; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], check=False, preexec_fn=heed_interrupts)
+    assert done.returncode == 0

@@ -104,7 +104,8 @@ def _backward(
     dbias, partial = _bias_gradient(bias, variant, batch, heads, rows)
     arguments, held = shaping(variant, seed, rows, q.device)
     dlse = None if dlse is None else dlse[..., None]
-    tensors = (q, k, v, out, lse[..., None], dout, dlse, statistics, dq, dk, dv, dbias, partial, dslopes, dsinks)
+    written = dbias if rows.max_k else None  # without keys it is zeros already
+    tensors = (q, k, v, out, lse[..., None], dout, dlse, statistics, dq, dk, dv, written, partial, dslopes, dsinks)
     _extension.kernels().attention_backward(*(_extension.view(t) for t in tensors), *arguments)
     del held
     if bias is not None and partial is not None:
