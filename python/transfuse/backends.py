@@ -208,7 +208,7 @@ def why_not(name: str, device: torch.device) -> str | None:
     """
     target = ahead() if device.type == "meta" else None
     found: tuple[str, str] | None
-    if name != "torch" and _is_differentiated():
+    if name in ("cuda", "triton") and _is_differentiated():
         found = ("torch.func.grad, jvp and what is built on them do not see into kernels", "leave the backend out")
     elif target is None:
         found = _cannot_run_on(_known(name), device.type, device.index)
