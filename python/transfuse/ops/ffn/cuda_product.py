@@ -7,7 +7,6 @@ that it can be an operand of the next product without a copy, whatever its width
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 
@@ -15,27 +14,7 @@ from transfuse import _extension
 from transfuse.ops._tuning import tuned
 from transfuse.ops.ffn import ACTIVATIONS, cuda_plans
 from transfuse.ops.ffn.cuda_plans import CUBLAS, FORWARD, INPUT, WEIGHT, Plan
-
-
-class Ends(NamedTuple):
-    """What the end of a product reads and writes, None where absent; columns contiguous."""
-
-    out: torch.Tensor | None = None
-    """(M, N) written: the result forward, du backward."""
-    bias: torch.Tensor | None = None
-    """(N,) read."""
-    up: torch.Tensor | None = None
-    """(M, N) u: written forward, read backward."""
-    gate: torch.Tensor | None = None
-    """(M, N) g: written forward, read backward."""
-    dgate: torch.Tensor | None = None
-    """(M, N) dg: written backward."""
-    hidden: torch.Tensor | None = None
-    """(M, N) k h: written backward."""
-    sums: torch.Tensor | None = None
-    """(groups of rows, N) fp32, sums of du over each: written backward."""
-    seed: torch.Tensor | None = None
-    """int64 (2,) of the dropout."""
+from transfuse.ops.ffn.fused import Ends
 
 
 def product(

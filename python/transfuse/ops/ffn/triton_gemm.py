@@ -27,6 +27,7 @@ import triton.language as tl
 
 from transfuse.ops._triton import INTERPRETED, dot, kept, launch, precision, rounded
 from transfuse.ops._tuning import tuned
+from transfuse.ops.ffn.fused import Ends
 from transfuse.ops.ffn.triton_tiles import Tiles, candidates, choose, parts, power_of_2
 
 
@@ -36,27 +37,6 @@ class Matrix(NamedTuple):
     pointer: torch.Tensor | None
     row: int
     column: int
-
-
-class Ends(NamedTuple):
-    """What the end of a product reads and writes, None where absent; contiguous."""
-
-    out: torch.Tensor | None = None
-    """[M, N] written: the result forward, du backward."""
-    bias: torch.Tensor | None = None
-    """[N] read."""
-    up: torch.Tensor | None = None
-    """[M, N] u: written forward, read backward."""
-    gate: torch.Tensor | None = None
-    """[M, N] g: written forward, read backward."""
-    dgate: torch.Tensor | None = None
-    """[M, N] dg: written backward."""
-    hidden: torch.Tensor | None = None
-    """[M, N] k h: written backward."""
-    sums: torch.Tensor | None = None
-    """[tiles of M, N] fp32, sums of du over a tile's rows: written backward."""
-    seed: torch.Tensor | None = None
-    """int64 [2] of the dropout."""
 
 
 # --- device functions -----------------------------------------------------------------------------------------------
@@ -388,7 +368,7 @@ def product(
         total = None if end.sums is None else end.sums.sum(0)
         if partials is not None:
             c, g = partials[:splits], partials[splits:] if gated else None
-            total = combine(c, g, ends, activation, backward=backward, dropout_p=dropout_p, sums=sums)
+            total = combine(c, g, ends, activation=activation, backward=backward, dropout_p=dropout_p, sums=sums)
         found.append(total)
 
     chosen = choose(M, N, K, a.dtype, kind, device)
@@ -400,8 +380,8 @@ def combine(
     c: torch.Tensor,
     g: torch.Tensor | None,
     ends: Ends,
-    activation: str,
     *,
+    activation: str = "",
     backward: bool = False,
     dropout_p: float = 0.0,
     sums: bool = False,
