@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
 from transfuse import _extension
+from transfuse.ops.attention.kernels import Rows
 from transfuse.ops.attention.variant import Variant
 
 _FARTHEST = 2**30
 """A window or position beyond this is no different from one at it; the kernels add two of them in 32 bits."""
-
-
-class Rows(NamedTuple):
-    """Where each batch row's queries and keys stand: dense rows but for what is given."""
-
-    max_q: int
-    max_k: int
-    q_starts: torch.Tensor | None = None
-    """(batch + 1): packed rows, as are the keys."""
-    k_starts: torch.Tensor | None = None
-    k_lengths: torch.Tensor | None = None
-    """(batch,): how many keys of each row's cache count."""
 
 
 def shaping(
@@ -60,13 +47,3 @@ def aligned(t: torch.Tensor) -> torch.Tensor:
     if t.shape[3] % chunk == 0 and t.shape[3] > 0 and t.stride(3) == 1 and strides_fit and t.data_ptr() % 16 == 0:
         return t
     return F.pad(t, (0, (-t.shape[3]) % chunk if t.shape[3] else chunk)).contiguous()
-
-
-def packed(t: torch.Tensor) -> torch.Tensor:
-    """(total, heads, width) as (1, heads, total, width)."""
-    return t.transpose(0, 1)[None]
-
-
-def unpacked(t: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`packed`."""
-    return t[0].transpose(0, 1)

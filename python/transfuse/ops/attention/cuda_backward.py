@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from transfuse import _extension
-from transfuse.ops.attention.cuda_arguments import Rows, aligned, packed, shaping, unpacked
+from transfuse.ops.attention.cuda_arguments import aligned, shaping
+from transfuse.ops.attention.kernels import Rows
 from transfuse.ops.attention.torch_chunks import Gradients
 from transfuse.ops.attention.variant import Variant
 
@@ -19,66 +20,7 @@ _PARTIAL_ROWS = 32
 """The fewest queries of a tile, which has a partial sum of the gradients of slopes and sinks."""
 
 
-def attention_backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    variant: Variant,
-    seed: torch.Tensor | None,
-    want: tuple[bool, bool, bool] = (True, True, True),
-) -> Gradients:
-    """(dq, dk, dv, dbias, dalibi_slopes, dsinks); ``want`` says which of the last three to compute if they exist."""
-    return _backward(dout, dlse, q, k, v, out, lse, variant, seed, want, Rows(q.shape[2], k.shape[2]))
-
-
-def attention_varlen_backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    variant: Variant,
-    seed: torch.Tensor | None,
-    want: tuple[bool, bool, bool],
-) -> Gradients:
-    """(dq, dk, dv, dbias, dalibi_slopes, dsinks), as in :func:`attention_backward`."""
-    rows = Rows(max_q, max_k, cu_seqlens_q, cu_seqlens_k)
-    dlse = None if dlse is None else dlse[None]
-    dq, dk, dv, *others = _backward(
-        packed(dout), dlse, packed(q), packed(k), packed(v), packed(out), lse[None], variant, seed, want, rows
-    )
-    return unpacked(dq), unpacked(dk), unpacked(dv), *others  # type: ignore[return-value]
-
-
-def attention_decode_backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    cache_lengths: torch.Tensor,
-    variant: Variant,
-    seed: torch.Tensor | None,
-    want: tuple[bool, bool, bool],
-) -> Gradients:
-    """(dq, dk, dv, dbias, dalibi_slopes, dsinks), as in :func:`attention_backward`."""
-    rows = Rows(q.shape[2], k_cache.shape[2], k_lengths=cache_lengths)
-    return _backward(dout, dlse, q, k_cache, v_cache, out, lse, variant, seed, want, rows)
-
-
-def _backward(
+def backward(
     dout: torch.Tensor,  # like out
     dlse: torch.Tensor | None,  # like lse
     q: torch.Tensor,  # (batch, heads, q_len, head_dim); packed rows: (1, heads, total_q, head_dim)
@@ -91,6 +33,7 @@ def _backward(
     want: tuple[bool, bool, bool],
     rows: Rows,
 ) -> Gradients:
+    """(dq, dk, dv, dbias, dalibi_slopes, dsinks), the last three where they are wanted."""
     bias, slopes, sinks = (t if w else None for t, w in zip(variant[1:4], want, strict=True))
     batch, heads = q.shape[0] if rows.q_starts is None else rows.q_starts.shape[0] - 1, q.shape[1]
     if batch * heads * rows.max_q == 0:

@@ -7,7 +7,8 @@ import functools
 import torch
 
 from transfuse import _extension
-from transfuse.ops.attention.cuda_arguments import Rows, aligned, shaping
+from transfuse.ops.attention.cuda_arguments import aligned, shaping
+from transfuse.ops.attention.kernels import Rows
 from transfuse.ops.attention.splits import choose_splits, fewest_tiles, most_keys_seen
 from transfuse.ops.attention.variant import Variant
 

@@ -1,4 +1,4 @@
-"""Attention on the CUDA kernels of ``csrc/attention``; what is missing here runs on PyTorch."""
+"""Attention on the CUDA kernels of ``csrc/attention``: which of them take a call."""
 
 from __future__ import annotations
 
@@ -6,58 +6,9 @@ import torch
 
 from transfuse import _extension
 from transfuse.ops.attention import cuda_backward, cuda_decode
-from transfuse.ops.attention.cuda_arguments import Rows, aligned, packed, shaping, unpacked
+from transfuse.ops.attention.cuda_arguments import aligned, shaping
+from transfuse.ops.attention.kernels import Kernels, Rows
 from transfuse.ops.attention.variant import Variant
-
-attention_backward = cuda_backward.attention_backward
-attention_varlen_backward = cuda_backward.attention_varlen_backward
-attention_decode_backward = cuda_backward.attention_decode_backward
-
-
-def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, seed: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out, lse); seed: int64 (2,), read under dropout."""
-    if cuda_decode.use_splits(q, k):
-        return cuda_decode.decode_forward(q, k, v, variant, seed)
-    return _forward(q, k, v, variant, seed, Rows(q.shape[2], k.shape[2]))
-
-
-def attention_weights_forward(q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, variant: Variant) -> torch.Tensor:
-    """P: (batch, heads, q_len, k_len) in q's dtype, zero in rows whose lse is -inf."""
-    return cuda_decode.weights(q, k, lse, variant)
-
-
-def attention_varlen_forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    variant: Variant,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (total_q, heads, v_head_dim), lse (heads, total_q))."""
-    rows = Rows(max_q, max_k, cu_seqlens_q, cu_seqlens_k)
-    out, lse = _forward(packed(q), packed(k), packed(v), variant, seed, rows)
-    return unpacked(out), lse[0]
-
-
-def attention_decode_forward(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    cache_lengths: torch.Tensor,
-    variant: Variant,
-    seed: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (batch, heads, q_len, v_head_dim), lse (batch, heads, q_len))."""
-    if cuda_decode.few_rows(q, k_cache):
-        return cuda_decode.decode_forward(q, k_cache, v_cache, variant, seed, cache_lengths)
-    rows = Rows(q.shape[2], k_cache.shape[2], k_lengths=cache_lengths)
-    return _forward(q, k_cache, v_cache, variant, seed, rows)
 
 
 def _forward(
@@ -69,6 +20,9 @@ def _forward(
     rows: Rows,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out like q but v_head_dim wide, lse (batch, heads, q_len) fp32)."""
+    few = cuda_decode.use_splits if rows.k_lengths is None else cuda_decode.few_rows
+    if rows.q_starts is None and few(q, k):
+        return cuda_decode.decode_forward(q, k, v, variant, seed, rows.k_lengths)
     v_dim = v.shape[3]
     if k.shape[1] == 0:
         return q.new_zeros(*q.shape[:3], v_dim), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
@@ -84,3 +38,6 @@ def _forward(
     _extension.kernels().attention_forward(*views, *arguments)
     del held
     return (out if v_dim == v.shape[3] else out[..., :v_dim]), lse
+
+
+KERNELS = Kernels(_forward, cuda_backward.backward, cuda_decode.weights)

@@ -1,7 +1,6 @@
 """transfuse::attention and transfuse::attention_weights, their gradients and the gradients of those.
 
-A kernel backend drops in as ``triton_impl`` or ``cuda_impl`` with torch_impl's ``attention_forward``,
-``attention_backward`` and ``attention_weights_forward``; what it leaves out runs on PyTorch.
+A kernel backend drops in as the ``KERNELS`` of ``triton_impl`` or ``cuda_impl``.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 
 from transfuse.ops import _registry, _validate
 from transfuse.ops.attention import torch_chunks, torch_explicit, torch_impl
+from transfuse.ops.attention.kernels import Kernels
 from transfuse.ops.attention.variant import Variant, statistics_dtype
 
 FIELDS = (
@@ -26,22 +26,21 @@ N = len(Variant._fields)
 _LARGEST_HEAD_DIM = 256  # of the kernels
 
 
-def implementation(backend: str) -> ModuleType:
-    """The module that runs a kernel backend; imported on demand so that others never pay for it."""
+def implementation(backend: str) -> ModuleType | Kernels:
+    """What runs a backend; imported on demand so that others never pay for it."""
     if backend == "triton":
         from transfuse.ops.attention import triton_impl
 
-        return triton_impl
+        return triton_impl.KERNELS
     if backend == "cuda":
         from transfuse.ops.attention import cuda_impl
 
-        return cuda_impl
+        return cuda_impl.KERNELS
     return torch_impl
 
 
 def _function(backend: str, name: str) -> Callable[..., Any]:
-    # A kernel backend may lack some of them.
-    found: Callable[..., Any] = getattr(implementation(backend), name, getattr(torch_impl, name))
+    found: Callable[..., Any] = getattr(implementation(backend), name)
     return found
 
 
