@@ -192,6 +192,16 @@ class TransformerConfig:
             return self.num_kv_heads
         return max(1, self.num_decoder_heads * self.num_kv_heads // self.num_heads)
 
+    @property
+    def dropout_of_embeddings(self) -> float:
+        """embedding_dropout, or hidden_dropout where that is None."""
+        return self.hidden_dropout if self.embedding_dropout is None else self.embedding_dropout
+
+    @property
+    def dropout_of_classifier(self) -> float:
+        """classifier_dropout, or hidden_dropout where that is None."""
+        return self.hidden_dropout if self.classifier_dropout is None else self.classifier_dropout
+
     def window_of(self, layer: int) -> int | None:
         """The sliding window of one layer, None where it attends globally."""
         if self.window is None or not self.layer_pattern:

@@ -35,7 +35,7 @@ class Embeddings(nn.Module):
         super().__init__()
         c = config
         self.scale, self.offset, self.types_are_tokens = c.embedding_scale, c.position_offset, c.token_types_are_tokens
-        self.dropout = c.hidden_dropout if c.embedding_dropout is None else c.embedding_dropout
+        self.dropout = c.dropout_of_embeddings
         self.token = nn.Embedding(vocab_size, c.hidden_size, device=device, dtype=dtype)
         self.position: nn.Module | None = None
         if c.position == "learned":

@@ -78,8 +78,7 @@ class ModelWithHead(TransformerModel):
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         """Dropout before a classifier."""
-        p = self.config.classifier_dropout
-        return F.dropout(x, self.config.hidden_dropout if p is None else p, self.training)
+        return F.dropout(x, self.config.dropout_of_classifier, self.training)
 
 
 class MaskedLM(ModelWithHead):

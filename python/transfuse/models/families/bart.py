@@ -107,7 +107,7 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
     return {
         "model_type": "bart",
         **write_common(config),
-        "classifier_dropout": config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout,
+        "classifier_dropout": config.dropout_of_classifier,
     }
 
 

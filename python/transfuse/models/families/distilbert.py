@@ -64,7 +64,7 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "dropout": dropout,
         "attention_dropout": config.attention_dropout,
-        "seq_classif_dropout": dropout if config.classifier_dropout is None else config.classifier_dropout,
+        "seq_classif_dropout": config.dropout_of_classifier,
         "initializer_range": config.initializer_range,
         **token_ids(config),
     }

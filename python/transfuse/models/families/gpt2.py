@@ -74,9 +74,9 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         "n_positions": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         "resid_pdrop": dropout,
-        "embd_pdrop": dropout if config.embedding_dropout is None else config.embedding_dropout,
+        "embd_pdrop": config.dropout_of_embeddings,
         "attn_pdrop": config.attention_dropout,
-        "classifier_dropout": dropout if config.classifier_dropout is None else config.classifier_dropout,
+        "classifier_dropout": config.dropout_of_classifier,
         "initializer_range": config.initializer_range,
         **token_ids(config),
     }

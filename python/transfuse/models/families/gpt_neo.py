@@ -90,9 +90,9 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         "resid_dropout": dropout,
-        "embed_dropout": dropout if config.embedding_dropout is None else config.embedding_dropout,
+        "embed_dropout": config.dropout_of_embeddings,
         "attention_dropout": config.attention_dropout,
-        "classifier_dropout": dropout if config.classifier_dropout is None else config.classifier_dropout,
+        "classifier_dropout": config.dropout_of_classifier,
         "initializer_range": config.initializer_range,
         **token_ids(config),
     }

@@ -92,7 +92,7 @@ def _write_config(config: TransformerConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.logit_scale != 1.0,
         "dropout_rate": config.hidden_dropout,
-        "classifier_dropout": config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout,
+        "classifier_dropout": config.dropout_of_classifier,
         "pad_token_id": config.pad_token_id,
         "eos_token_id": list(eos) if isinstance(eos, tuple) else eos,
         "decoder_start_token_id": config.decoder_start_token_id,
